@@ -1,0 +1,1 @@
+"""What the user may say. Nothing in this folder imports torch."""

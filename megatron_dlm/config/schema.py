@@ -1,0 +1,202 @@
+"""The run configuration: one flat, frozen dataclass per section; `RunConfig` composes them.
+
+Attribute docstrings are the `--help` text. Each section checks its own fields; rules that span
+sections live in `config/validate.py`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_dlm.config.checks import require, require_fraction, require_positive
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tokens are read, and in which order."""
+
+    train: dict[str, float] = field(default_factory=dict)
+    """Training shards: path prefix (without .bin/.idx) -> weight in the blend."""
+    valid: dict[str, float] = field(default_factory=dict)
+    """Validation shards: path prefix -> weight; empty means no validation."""
+    tokenizer: str | None = None
+    """Tokenizer directory; gives the vocabulary size and the special ids, checked against the shards."""
+    unique_tokens: int | None = None
+    """Train on exactly this many tokens, repeated epoch after epoch; default: all of them."""
+    seed: int = 1234
+    """Seed of the document order, the unique subset and the shuffle of each epoch."""
+
+    def __post_init__(self) -> None:
+        for name in ("train", "valid"):
+            for prefix, weight in getattr(self, name).items():
+                require(
+                    weight > 0, f"data.{name}: the weight of {prefix} is {weight}; it must be > 0"
+                )
+        require(
+            self.unique_tokens is None or self.unique_tokens > 0,
+            f"data.unique_tokens is {self.unique_tokens}; it must be greater than 0",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, sharded over the data-parallel ranks."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; norms and biases are exempt."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Epsilon of Adam."""
+    clip_grad: float = 1.0
+    """Clip the global gradient norm to this; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        require_positive("optimizer", {"lr": self.lr, "adam_eps": self.adam_eps})
+        betas = {"adam_beta1": self.adam_beta1, "adam_beta2": self.adam_beta2}
+        require_fraction("optimizer", betas, below_one=True)
+        require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; must be >= 0")
+        require(self.clip_grad >= 0, f"optimizer.clip_grad is {self.clip_grad}; must be >= 0")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate against the step."""
+
+    kind: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """Shape after the warmup; wsd is warmup, stable, decay."""
+    warmup_steps: int = 0
+    """Steps of linear warmup from 0."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of the peak."""
+    decay_fraction: float = 0.1
+    """wsd: share of all steps spent in the decay."""
+    decay_kind: Literal["exponential", "linear", "one_minus_sqrt", "cosine"] = "exponential"
+    """wsd: shape of the decay."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.warmup_steps >= 0, f"schedule.warmup_steps is {self.warmup_steps}; it must be >= 0"
+        )
+        require_fraction(
+            "schedule", {"min_lr_ratio": self.min_lr_ratio, "decay_fraction": self.decay_fraction}
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch, precision and place of the run. Give exactly one of steps, tokens, epochs."""
+
+    steps: int | None = None
+    """Optimizer updates in the whole run."""
+    tokens: int | None = None
+    """Tokens in the whole run, repeats included; rounded up to whole steps."""
+    epochs: float | None = None
+    """Passes over the unique tokens; rounded up to whole steps."""
+    global_batch_size: int = 8
+    """Samples in one step, over all ranks."""
+    micro_batch_size: int = 1
+    """Samples of one rank in one forward pass."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of the forward and backward pass; optimizer state is always fp32."""
+    seed: int = 1234
+    """Seed of the initial weights, the noise and the dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where it is available."""
+    output_dir: str = "runs/default"
+    """Run directory: config, metrics, logs and checkpoints."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto continues from the newest whole checkpoint of output_dir; never sets the old run aside."""
+
+    def __post_init__(self) -> None:
+        given = {
+            name: value
+            for name in ("steps", "tokens", "epochs")
+            if (value := getattr(self, name)) is not None
+        }
+        require(
+            len(given) <= 1,
+            f"give exactly one of train.steps, train.tokens, train.epochs; got {', '.join(given)}",
+        )
+        require_positive("train", given)
+        batch = {
+            "global_batch_size": self.global_batch_size,
+            "micro_batch_size": self.micro_batch_size,
+        }
+        require_positive("train", batch)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    interval_steps: int = 1000
+    """Save every this many steps; the last step is always saved."""
+    keep_last: int = 2
+    """Keep the newest N checkpoints; 0 keeps all."""
+    keep_every_steps: int | None = None
+    """Also keep every checkpoint whose step is a multiple of this."""
+    asynchronous: bool = False
+    """Write in a background process while training goes on."""
+
+    def __post_init__(self) -> None:
+        require_positive("checkpoint", {"interval_steps": self.interval_steps})
+        require(self.keep_last >= 0, f"checkpoint.keep_last is {self.keep_last}; it must be >= 0")
+        every = self.keep_every_steps
+        require(
+            every is None or every > 0,
+            f"checkpoint.keep_every_steps is {every}; it must be greater than 0",
+        )
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Loss on held-out shards with fixed noise."""
+
+    interval_steps: int = 1000
+    """Validate every this many steps and after the last one."""
+    num_samples: int = 64
+    """Samples per validation; the same ones every time."""
+    seed: int = 4321
+    """Seed of the validation noise; the same at every validation."""
+
+    def __post_init__(self) -> None:
+        sizes = {"interval_steps": self.interval_steps, "num_samples": self.num_samples}
+        require_positive("validation", sizes)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is reported and how often."""
+
+    interval_steps: int = 10
+    """Reduce and report the metrics every this many steps."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run directory."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (the wandb package must be installed)."""
+
+    def __post_init__(self) -> None:
+        require_positive("logging", {"interval_steps": self.interval_steps})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,65 @@
+"""Core attention of the local layer implementation: PyTorch's scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+import contextlib
+
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """Causal or bidirectional attention over this rank's heads; grouped queries, dropout.
+
+    No [s, s] score matrix is stored, unlike in Megatron Core's local core attention.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        assert attention_type == "self", attention_type
+        assert attn_mask_type in (AttnMaskType.causal, AttnMaskType.no_mask), attn_mask_type
+        self.is_causal = attn_mask_type == AttnMaskType.causal
+        self.softmax_scale = softmax_scale
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.dropout_probability = dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **_: object,
+    ) -> Tensor:
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]."""
+        assert attention_mask is None, "the pattern is fixed by the layer spec"
+        dropout = self.dropout_probability if self.training else 0.0
+        with self._dropout_state(dropout):
+            output = scaled_dot_product_attention(
+                *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),  # [b, heads, s, d]
+                dropout_p=dropout,
+                is_causal=self.is_causal,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+        return output.permute(2, 0, 1, 3).flatten(2)
+
+    def _dropout_state(self, dropout: float) -> contextlib.AbstractContextManager[None]:
+        # Heads differ between TP ranks, so must their masks; under sequence parallelism the whole
+        # layer already runs in the forked state.
+        if dropout == 0.0 or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        return get_cuda_rng_tracker().fork()

@@ -1,0 +1,110 @@
+"""Builds this rank's chunks of the language model."""
+
+from __future__ import annotations
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_dlm.config.architecture import AttentionPattern, ModelConfig, ParallelConfig
+from megatron_dlm.models.layer_specs import block_spec
+from megatron_dlm.models.parametrization import initialize_weights
+from megatron_dlm.models.transformer_config import transformer_config
+from megatron_dlm.runtime.device import Device
+from megatron_dlm.runtime.parallel import ParallelContext
+
+
+class LanguageModel(GPTModel):
+    """GPTModel whose output layer runs only on the slots that are scored."""
+
+    def __init__(self, **arguments: object) -> None:
+        super().__init__(**arguments)
+        if self.post_process and self.output_layer.sequence_parallel:
+            # The slots are chosen from whole sequences: we gather, and the gather's backward pass
+            # already sums the input gradients over the TP ranks.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.disable_grad_reduce = True
+
+    def forward(
+        self, tokens: Tensor | None, position_ids: Tensor | None, scored: Tensor | None = None
+    ) -> Tensor:
+        """One pass of this chunk.
+
+        tokens, position_ids: int64 [b, s] (None behind the first stage). scored: bool [b, s], read
+        by the last stage only; None scores every slot. Returns logits [n, V/tp] of the n scored
+        slots in row-major [b, s] order, or hidden states [s, b, h] before the last stage.
+        """
+        decoder_input, rotary = self._preprocess(input_ids=tokens, position_ids=position_ids)[:2]
+        hidden = self.decoder(
+            hidden_states=decoder_input, attention_mask=None, rotary_pos_emb=rotary
+        )
+        return self._logits(hidden, scored) if self.post_process else hidden
+
+    def _logits(self, hidden: Tensor, scored: Tensor | None) -> Tensor:
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+        hidden = hidden.transpose(0, 1)  # [b, s, h]
+        rows = hidden.flatten(0, 1) if scored is None else hidden[scored]
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        logits, _ = self.output_layer(rows, weight=weight)
+        return logits
+
+
+def build_model(
+    model: ModelConfig,
+    parallel_config: ParallelConfig,
+    attention: AttentionPattern,
+    *,
+    precision: str,
+    seed: int,
+    device: Device,
+    parallel: ParallelContext,
+) -> list[LanguageModel]:
+    """This rank's chunks of the model, initialised; one per virtual pipeline stage.
+
+    Raises ValueError when the options are impossible (see `transformer_config`).
+    """
+    config = transformer_config(model, parallel_config, precision=precision, device=device)
+    chunks = []
+    for number in range(parallel.num_chunks):
+        chunk = _build_chunk(model, config, attention, number=number, parallel=parallel)
+        chunk.to(device=device.torch_device, dtype=config.params_dtype)
+        sharded = chunk.sharded_state_dict(metadata=sharding_metadata(parallel))
+        initialize_weights(sharded, model, seed)
+        chunks.append(chunk)
+    return chunks
+
+
+def sharding_metadata(parallel: ParallelContext) -> dict[str, object]:
+    """What Megatron's sharded state dicts must be told."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel.groups.dp_cp,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def _build_chunk(
+    model: ModelConfig,
+    config: TransformerConfig,
+    attention: AttentionPattern,
+    *,
+    number: int,
+    parallel: ParallelContext,
+) -> LanguageModel:
+    virtual_stage = number if parallel.virtual_pipeline_size else None
+    return LanguageModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, attention, virtual_stage=virtual_stage),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=model.seq_length,
+        pre_process=parallel.holds_first_stage(number),
+        post_process=parallel.holds_last_stage(number),
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        pg_collection=parallel.groups,
+        vp_stage=virtual_stage,
+    )

@@ -1,0 +1,164 @@
+"""Masked (absorbing) diffusion: predict the tokens that were replaced by the mask.
+
+Slot i predicts token i, so the model sees exactly the S tokens it is scored on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_dlm.config.architecture import AttentionPattern
+from megatron_dlm.objectives.base import LossTerms, positions_like, slots_of, weighted_terms
+from megatron_dlm.objectives.schedules import Schedule
+from megatron_dlm.ops.batch import ModelInputs, TokenBatch
+from megatron_dlm.ops.counter_rng import Purpose, Stream, host_uniform, random_bits, uniform
+from megatron_dlm.ops.vocab_parallel import log_prob
+
+Weighting = Literal["elbo", "count", "unweighted", "maskgit"]
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """Which slots are masked and what the true bound weighs them; one noise level per sample."""
+
+    masked: Tensor
+    """bool [b, s]"""
+    elbo_weight: Tensor
+    """float64 [b, 1], weight of the cross entropy of a masked slot in the bound."""
+    noise_level: Tensor
+    """float64 [b, 1]: the time t, or n/l for the count form."""
+
+
+@dataclass(frozen=True)
+class MaskedObjective:
+    """The bound, or a surrogate of it, with the cross entropy CE of masked tokens, in nats.
+
+    With l valid tokens in a sample and m the mask rate at its time t, `weighting` is
+
+    elbo        1/l * sum of -alpha'(t)/(1 - alpha(t)) * CE, which is CE / t for the linear schedule
+    count       n uniform on 1..l, exactly n masked tokens, 1/l * sum of (l/n) * CE: the mean CE of
+                the masked tokens of one sample. It is the bound itself (as any-order autoregression)
+                with less variance. Super Data Learners train this with n binomial given t and an
+                empty mask raised to n = 1, which counts n = 1 twice; here every n has weight one.
+    unweighted  1/l * sum of CE. Not a bound: a uniform predictor scores (ln V) / 2.
+    maskgit     sum of CE / number of masked tokens, both over the whole batch. Not a bound either.
+
+    All are averages over valid tokens except maskgit; "nelbo" logs the true bound for all of them.
+    """
+
+    vocab_size: int
+    mask_token_id: int
+    schedule: Schedule
+    batch_size: int
+    weighting: Weighting = "elbo"
+    time_sampling: Literal["stratified", "iid"] = "stratified"
+    time_floor: float = 1e-3
+    variable_length_probability: float = 0.0
+
+    attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
+    metric_names: ClassVar[tuple[str, ...]] = ("loss", "nelbo", "masked_share", "masked_nll")
+
+    def model_length(self, seq_length: int) -> int:
+        return seq_length
+
+    def step_length(self, step: int, *, seq_length: int, multiple: int, seed: int) -> int:
+        """seq_length, or in a share of the steps a uniform length of 2..seq_length, rounded down."""
+        probability = self.variable_length_probability
+        if host_uniform(seed, Stream.TRAINING, Purpose.LENGTH, step, 0) >= probability:
+            return seq_length
+        draw = host_uniform(seed, Stream.TRAINING, Purpose.LENGTH, step, 1)
+        length = 2 + int(draw * (seq_length - 1))
+        return min(seq_length, max(multiple, length - length % multiple))
+
+    def prepare(self, batch: TokenBatch, seed: int, stream: Stream) -> ModelInputs:
+        """Mask the first S tokens; invalid slots stay as clean context and are never scored."""
+        targets, valid = batch.tokens[:, :-1], batch.valid[:, :-1]
+        position_ids = positions_like(targets)
+        draw = self._noise_draw(batch.sample_index, seed, stream)[:, None]
+        bits = random_bits(
+            seed, stream, Purpose.MASK, batch.sample_index[:, None], position_ids[:1]
+        )
+        if self.weighting == "count":
+            corruption = mask_by_count(draw, bits, valid)
+        else:
+            corruption = mask_by_time(draw, bits, valid, self.schedule, self.time_floor)
+        masked = corruption.masked
+        elbo_weights = torch.where(masked, corruption.elbo_weight, 0.0).to(torch.float32)
+        is_bound = self.weighting in ("elbo", "count")
+        return ModelInputs(
+            tokens=torch.where(masked, self.mask_token_id, targets),
+            position_ids=position_ids,
+            targets=targets,
+            weights=elbo_weights if is_bound else masked.to(torch.float32),
+            elbo_weights=elbo_weights,
+            counted=masked if self.weighting == "maskgit" else valid,
+            valid=valid,
+            noise_level=corruption.noise_level.to(torch.float32).expand(targets.shape),
+        )
+
+    def loss(self, logits: Tensor, inputs: ModelInputs, tp_group: ProcessGroup | None) -> LossTerms:
+        """Weighted sum of -log p(clean token) over the masked slots."""
+        slots = slots_of(inputs.scored, logits.shape[0])
+        targets = inputs.targets.reshape(-1)[slots]
+        nll = -log_prob(logits, targets, vocab_size=self.vocab_size, tp_group=tp_group)
+        terms = weighted_terms(nll, slots, inputs)
+        num_masked = inputs.scored.sum(dtype=torch.float32)
+        terms.metrics["masked_share"] = (num_masked, inputs.valid.sum(dtype=torch.float32))
+        terms.metrics["masked_nll"] = (nll.detach().sum(), num_masked)
+        return terms
+
+    def _noise_draw(self, sample_index: Tensor, seed: int, stream: Stream) -> Tensor:
+        """Uniform in [0, 1), float64 [b].
+
+        Stratified: sample i of a batch of B gets frac(u + i/B) with one u per step, so every
+        interval [k/B, (k+1)/B) holds exactly one sample of the batch, on whatever rank.
+        """
+        position = torch.zeros_like(sample_index)
+        if self.time_sampling == "iid":
+            return uniform(seed, stream, Purpose.NOISE_LEVEL, sample_index, position).double()
+        step = sample_index // self.batch_size
+        offset = uniform(seed, stream, Purpose.NOISE_LEVEL, step, position).double()
+        return (offset + (sample_index % self.batch_size).double() / self.batch_size).frac()
+
+
+def mask_by_time(
+    draw: Tensor, bits: Tensor, valid: Tensor, schedule: Schedule, time_floor: float
+) -> Corruption:
+    """Each valid token masked independently with the rate of t = floor + (1 - floor) * draw.
+
+    draw float64 [b, 1] uniform; bits int64 and valid bool [b, s]. Times below the floor are never
+    drawn, so the weight is rescaled to a mean of one per token (a factor of 1 for the linear
+    schedule): the bound averaged over the mask rates above that of the floor. Without it a bent
+    schedule would report slightly less, or more, than the bound.
+    """
+    time = time_floor + (1.0 - time_floor) * draw
+    lowest_rate = schedule.mask_rate(torch.full_like(time, time_floor))
+    rescale = (1.0 - time_floor) / (1.0 - lowest_rate)
+    # As in counter_rng.uniform, with the arithmetic shift spelled out: 24 bits in [0, 1).
+    uniforms = ((bits >> 40) & ((1 << 24) - 1)).to(torch.float64).mul_(2.0**-24)
+    masked = (uniforms < schedule.mask_rate(time)) & valid
+    return Corruption(masked, schedule.elbo_weight(time) * rescale, noise_level=time)
+
+
+def mask_by_count(draw: Tensor, bits: Tensor, valid: Tensor) -> Corruption:
+    """The n = 1 + floor(l * draw) valid tokens with the smallest keys masked, l valid tokens in all.
+
+    Shapes as in `mask_by_time`. A stable sort breaks ties of keys by position.
+    """
+    num_valid = valid.sum(dim=1, keepdim=True)
+    count = (1 + (num_valid * draw).floor().to(torch.int64)).minimum(num_valid)
+    keys = torch.where(valid, bits, torch.iinfo(torch.int64).max)
+    rank = torch.empty_like(bits)
+    order = torch.argsort(keys, dim=1, stable=True)
+    rank.scatter_(1, order, positions_like(bits))
+    share = count / num_valid.clamp(min=1).double()
+    return Corruption(
+        masked=(rank < count) & valid,
+        elbo_weight=num_valid / count.clamp(min=1).double(),
+        noise_level=share,
+    )

@@ -1,0 +1,137 @@
+"""Makes the pip package megatron-core train on CPU with gloo; applied only when the device is CPU.
+
+Megatron Core 0.16.1 writes "cuda" as a constant in many places and asks torch.cuda for the current
+device and the random state. Three remedies, each as small as its cause: constants are rewritten when
+its modules are compiled, six names of torch.cuda answer for the CPU, and the random-state tracker
+forks the CPU generator. `EXPECTED_REWRITES` and tests/policy/test_megatron_surface.py make an
+upgrade of Megatron Core fail loudly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+MEGATRON_VERSION = "0.16.1"
+
+_CONSTANTS = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+rewritten_constants: Counter[str] = Counter()
+"""Rewritten constants per module imported so far (read by the policy test)."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc malloc.h
+
+
+def adapt_megatron() -> None:
+    """Install the adapter; must run before anything imports megatron.core. Idempotent."""
+    if any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path):
+        return
+    if any(name.startswith("megatron.core") for name in sys.modules):
+        raise RuntimeError("megatron.core was imported before the CPU adapter was installed")
+    sys.meta_path.insert(0, _MegatronFinder())
+    _answer_for_cuda()
+    _adapt_random_state()
+    _keep_freed_memory()
+
+
+class _RewritingLoader(importlib.machinery.SourceFileLoader):
+    """Loads a module of megatron.core with its device constants replaced."""
+
+    def get_code(self, fullname: str) -> types.CodeType | None:
+        code = super().get_code(fullname)
+        return None if code is None else _rewrite(code, fullname)
+
+
+class _MegatronFinder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not fullname.startswith("megatron.core"):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
+            spec.loader = _RewritingLoader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def _rewrite(code: types.CodeType, module: str) -> types.CodeType:
+    return code.replace(co_consts=tuple(_replace(constant, module) for constant in code.co_consts))
+
+
+def _replace(constant: Any, module: str) -> Any:
+    if isinstance(constant, types.CodeType):
+        return _rewrite(constant, module)
+    if isinstance(constant, (tuple, frozenset)):
+        return type(constant)(_replace(item, module) for item in constant)
+    if isinstance(constant, str) and constant in _CONSTANTS:
+        rewritten_constants[module] += 1
+        return _CONSTANTS[constant]
+    return constant
+
+
+def _answer_for_cuda() -> None:
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.Stream = torch.cpu.Stream
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    # On a CPU build manual_seed silently does nothing, which would leave all trackers unseeded.
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def _adapt_random_state() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = (
+        lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    )
+    megatron_random._set_cuda_rng_state = (
+        lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    )
+    megatron_random.CudaRNGStatesTracker.fork = _fork
+
+
+@contextlib.contextmanager
+def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
+    """CudaRNGStatesTracker.fork on the CPU generator.
+
+    Megatron's own warns on every fork because the CPU state it guards is the one being forked.
+    """
+    if name not in tracker.states_:
+        raise KeyError(f"random state {name} was not added to the tracker")
+    outer_name, outer_state = tracker._current_state_name, torch.get_rng_state()
+    if outer_name in tracker.states_:
+        tracker.states_[outer_name] = outer_state
+    torch.set_rng_state(tracker.states_[name])
+    tracker._current_state_name = name
+    try:
+        yield
+    finally:
+        tracker.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(tracker.states_.get(outer_name, outer_state))
+        tracker._current_state_name = outer_name
+
+
+def _keep_freed_memory() -> None:
+    """Stop glibc from returning large blocks to the kernel after every use (page faults cost more)."""
+    if sys.platform.startswith("linux"):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, -1)

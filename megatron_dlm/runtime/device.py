@@ -1,0 +1,89 @@
+"""One `Device` for CUDA (NCCL, Transformer Engine if installed) and CPU (gloo)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+# Dense bf16 peak in FLOP/s by a part of the device name; first match wins.
+_PEAK_BF16_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the rest of the program may know about the machine."""
+
+    torch_device: torch.device
+    name: str
+    peak_flops: float | None
+    """Dense bf16 peak in FLOP/s; None where it is not known (no MFU is reported then)."""
+    has_transformer_engine: bool
+
+    @property
+    def is_cuda(self) -> bool:
+        """True for a GPU."""
+        return self.torch_device.type == "cuda"
+
+    @property
+    def backend(self) -> str:
+        """The torch.distributed backend."""
+        return "nccl" if self.is_cuda else "gloo"
+
+    def peak_memory_bytes(self) -> int | None:
+        """Largest memory allocated on the GPU so far; None on CPU."""
+        return torch.cuda.max_memory_allocated(self.torch_device) if self.is_cuda else None
+
+
+def local_rank() -> int:
+    """This process's place on its node, from torchrun or Slurm."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def open_device(kind: str) -> Device:
+    """Choose the device and, on CPU, adapt Megatron Core; call before importing megatron.core.
+
+    Raises ValueError when CUDA is asked for and absent, or has fewer GPUs than ranks on this node.
+    """
+    cuda = torch.cuda.is_available() if kind == "auto" else kind == "cuda"
+    return _open_cuda() if cuda else _open_cpu()
+
+
+def _open_cuda() -> Device:
+    if not torch.cuda.is_available():
+        raise ValueError("train.device is cuda but torch sees no GPU; use train.device cpu or auto")
+    count, rank = torch.cuda.device_count(), local_rank()
+    if rank >= count:
+        raise ValueError(
+            f"local rank {rank} has no GPU: this node shows {count}; start at most {count} ranks "
+            "per node or set train.device cpu"
+        )
+    torch.cuda.set_device(rank)
+    name = torch.cuda.get_device_name(rank)
+    peak = next((flops for part, flops in _PEAK_BF16_FLOPS.items() if part in name), None)
+    engine = importlib.util.find_spec("transformer_engine") is not None
+    return Device(torch.device("cuda", rank), name, peak, has_transformer_engine=engine)
+
+
+def _open_cpu() -> Device:
+    from megatron_dlm.runtime.cpu import adapt_megatron
+
+    adapt_megatron()
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    return Device(torch.device("cpu"), "cpu", None, has_transformer_engine=False)
