@@ -35,7 +35,7 @@ class ModelConfig:
     num_query_groups: int | None = None
     """Number of key-value heads (grouped-query attention); default: one per query head."""
     ffn_hidden_size: int | None = None
-    """Inner width of the MLP; default: 4 * hidden_size, or 8/3 of it rounded up to 64 for swiglu."""
+    """Inner width of the MLP; default: 4 * hidden_size; swiglu: 8/3 of it rounded up to 64."""
     activation: Literal["swiglu", "squared_relu", "gelu"] = "swiglu"
     """MLP non-linearity."""
     qk_layernorm: bool = True
@@ -49,7 +49,7 @@ class ModelConfig:
     vocab_size: int | None = None
     """Rows of the vocabulary, special tokens included; default: read from the tokenizer."""
     make_vocab_size_divisible_by: int = 128
-    """The embedding is padded to a multiple of this, whatever the layout; padding rows get probability 0."""
+    """Rows are padded to a multiple of this on every layout; padding has probability 0."""
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer its own weights."""
     hidden_dropout: float = 0.0
@@ -57,7 +57,7 @@ class ModelConfig:
     attention_dropout: float = 0.0
     """Dropout probability of the attention weights."""
     init_method_std: float = 0.02
-    """Standard deviation of the initial weights; residual outputs get std / sqrt(2 * num_layers)."""
+    """Standard deviation of initial weights; residual outputs get std / sqrt(2 * num_layers)."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation; auto takes Transformer Engine where it is installed with a GPU."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
@@ -99,7 +99,10 @@ class ModelConfig:
             f"model.num_attention_heads {self.num_attention_heads} is not a multiple of "
             f"model.num_query_groups {self.query_groups}",
         )
-        dropouts = {"hidden_dropout": self.hidden_dropout, "attention_dropout": self.attention_dropout}
+        dropouts = {
+            "hidden_dropout": self.hidden_dropout,
+            "attention_dropout": self.attention_dropout,
+        }
         require_fraction("model", dropouts, below_one=True)
 
     @property
@@ -136,19 +139,21 @@ class ObjectiveConfig:
     kind: Literal["autoregressive", "masked"] = "masked"
     """autoregressive: next-token prediction; masked: masked (absorbing) diffusion."""
     input_masking_ratio: float = 0.0
-    """autoregressive: share of input tokens replaced by the mask in training; targets stay clean."""
+    """autoregressive: share of training inputs replaced by the mask; targets stay clean."""
     schedule: Literal["linear", "cosine", "polynomial"] = "linear"
     """masked: alpha(t), the share of tokens still clean at time t."""
     schedule_exponent: float = 2.0
     """masked: w of the polynomial schedule alpha(t) = 1 - t^w."""
     weighting: Literal["elbo", "count", "unweighted", "maskgit"] = "elbo"
-    """masked: trained weight. elbo and count are the bound; unweighted and maskgit are surrogates."""
+    """masked: trained weight. elbo and count are the bound, unweighted and maskgit are not."""
     time_sampling: Literal["stratified", "iid"] = "stratified"
     """masked: noise times spread evenly over the global batch, or independent per sample."""
     time_floor: float = 1e-3
     """masked: smallest noise time t; keeps the weight 1/t finite."""
     variable_length_probability: float = 0.0
     """masked: share of training steps whose samples are cropped to one random length."""
+    variable_length_multiple: int = 16
+    """masked: cropped lengths are multiples of this, whatever the layout (SP and FP8 need one)."""
     mask_token_id: int | None = None
     """Id of the mask token; default: read from the tokenizer."""
 
@@ -187,6 +192,7 @@ class ObjectiveConfig:
             "time_sampling",
             "time_floor",
             "variable_length_probability",
+            "variable_length_multiple",
         )
         foreign = {"autoregressive": masked_only, "masked": ("input_masking_ratio",)}[self.kind]
         for name in foreign:

@@ -1,6 +1,8 @@
-"""The few checks every config section uses; each failure names the key, the value and the remedy."""
+"""The few checks every section uses; a failure names the key, the value and the remedy."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 def require(condition: bool, message: str) -> None:
@@ -9,12 +11,14 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def require_positive(section: str, values: dict[str, float]) -> None:
+def require_positive(section: str, values: Mapping[str, float]) -> None:
+    """Raise ValueError for the first value that is not above 0."""
     for name, value in values.items():
         require(value > 0, f"{section}.{name} is {value}; it must be greater than 0")
 
 
-def require_fraction(section: str, values: dict[str, float], *, below_one: bool = False) -> None:
+def require_fraction(section: str, values: Mapping[str, float], *, below_one: bool = False) -> None:
+    """Raise ValueError for the first value outside [0, 1], or [0, 1) if `below_one`."""
     for name, value in values.items():
         inside = 0 <= value < 1 if below_one else 0 <= value <= 1
         interval = "[0, 1)" if below_one else "[0, 1]"

@@ -22,7 +22,7 @@ class DataConfig:
     valid: dict[str, float] = field(default_factory=dict)
     """Validation shards: path prefix -> weight; empty means no validation."""
     tokenizer: str | None = None
-    """Tokenizer directory; gives the vocabulary size and the special ids, checked against the shards."""
+    """Tokenizer directory; gives the vocabulary size and special ids, checked against shards."""
     unique_tokens: int | None = None
     """Train on exactly this many tokens, repeated epoch after epoch; default: all of them."""
     seed: int = 1234
@@ -61,7 +61,9 @@ class OptimizerConfig:
         require_positive("optimizer", {"lr": self.lr, "adam_eps": self.adam_eps})
         betas = {"adam_beta1": self.adam_beta1, "adam_beta2": self.adam_beta2}
         require_fraction("optimizer", betas, below_one=True)
-        require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; must be >= 0")
+        require(
+            self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; must be >= 0"
+        )
         require(self.clip_grad >= 0, f"optimizer.clip_grad is {self.clip_grad}; must be >= 0")
 
 
@@ -112,7 +114,7 @@ class TrainConfig:
     output_dir: str = "runs/default"
     """Run directory: config, metrics, logs and checkpoints."""
     resume: Literal["auto", "never"] = "auto"
-    """auto continues from the newest whole checkpoint of output_dir; never sets the old run aside."""
+    """auto goes on from the newest whole checkpoint of output_dir; never sets that run aside."""
 
     def __post_init__(self) -> None:
         given = {

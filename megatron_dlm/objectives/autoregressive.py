@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dlm.config.architecture import AttentionPattern
-from megatron_dlm.objectives.base import LossTerms, positions_like, slots_of, weighted_terms
+from megatron_dlm.objectives.base import LossTerms, positions_like, scored_nll, weighted_terms
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import Purpose, Stream, uniform
-from megatron_dlm.ops.vocab_parallel import log_prob
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class AutoregressiveObjective:
         return seq_length
 
     def prepare(self, batch: TokenBatch, seed: int, stream: Stream) -> ModelInputs:
-        """Inputs are the tokens 0..S-1, targets the tokens 1..S; a slot is valid if its target is."""
+        """Inputs are tokens 0..S-1, targets tokens 1..S; a slot is valid if its target is."""
         tokens, targets, valid = batch.tokens[:, :-1], batch.tokens[:, 1:], batch.valid[:, 1:]
         position_ids = positions_like(tokens)
         if self.input_masking_ratio > 0:
@@ -62,7 +61,5 @@ class AutoregressiveObjective:
 
     def loss(self, logits: Tensor, inputs: ModelInputs, tp_group: ProcessGroup | None) -> LossTerms:
         """Sum of -log p(target) over the valid slots; "nelbo" is the same number, the exact NLL."""
-        slots = slots_of(inputs.scored, logits.shape[0])
-        targets = inputs.targets.reshape(-1)[slots]
-        nll = -log_prob(logits, targets, vocab_size=self.vocab_size, tp_group=tp_group)
+        slots, nll = scored_nll(logits, inputs, self.vocab_size, tp_group)
         return weighted_terms(nll, slots, inputs)

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from megatron_dlm.config.architecture import AttentionPattern
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import Stream
+from megatron_dlm.ops.vocab_parallel import log_prob
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,15 @@ def slots_of(scored: Tensor, num_slots: int) -> Tensor:
     slots = torch.zeros(num_slots + 1, dtype=torch.int64, device=scored.device)
     slots.scatter_(0, place, torch.arange(flat.shape[0], device=scored.device))
     return slots[:num_slots]
+
+
+def scored_nll(
+    logits: Tensor, inputs: ModelInputs, vocab_size: int, tp_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Flat indices int64 [n] of the scored slots, and -log p(target) in nats, fp32 [n]."""
+    slots = slots_of(inputs.scored, logits.shape[0])
+    targets = inputs.targets.reshape(-1)[slots]
+    return slots, -log_prob(logits, targets, vocab_size=vocab_size, tp_group=tp_group)
 
 
 def weighted_terms(nll: Tensor, slots: Tensor, inputs: ModelInputs) -> LossTerms:

@@ -13,11 +13,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dlm.config.architecture import AttentionPattern
-from megatron_dlm.objectives.base import LossTerms, positions_like, slots_of, weighted_terms
+from megatron_dlm.objectives.base import LossTerms, positions_like, scored_nll, weighted_terms
 from megatron_dlm.objectives.schedules import Schedule
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
-from megatron_dlm.ops.counter_rng import Purpose, Stream, host_uniform, random_bits, uniform
-from megatron_dlm.ops.vocab_parallel import log_prob
+from megatron_dlm.ops.counter_rng import (
+    Purpose,
+    Stream,
+    host_uniform,
+    random_bits,
+    to_uniform,
+    uniform,
+)
 
 Weighting = Literal["elbo", "count", "unweighted", "maskgit"]
 
@@ -36,19 +42,19 @@ class Corruption:
 
 @dataclass(frozen=True)
 class MaskedObjective:
-    """The bound, or a surrogate of it, with the cross entropy CE of masked tokens, in nats.
+    """The bound, or a surrogate of it, from the cross entropies CE (nats) of the masked tokens.
 
-    With l valid tokens in a sample and m the mask rate at its time t, `weighting` is
+    For a sample with l valid tokens at time t, `weighting` is
 
-    elbo        1/l * sum of -alpha'(t)/(1 - alpha(t)) * CE, which is CE / t for the linear schedule
+    elbo        1/l * sum of w(t) * CE, w = -alpha'/(1 - alpha): CE / t for the linear schedule.
     count       n uniform on 1..l, exactly n masked tokens, 1/l * sum of (l/n) * CE: the mean CE of
-                the masked tokens of one sample. It is the bound itself (as any-order autoregression)
-                with less variance. Super Data Learners train this with n binomial given t and an
-                empty mask raised to n = 1, which counts n = 1 twice; here every n has weight one.
-    unweighted  1/l * sum of CE. Not a bound: a uniform predictor scores (ln V) / 2.
-    maskgit     sum of CE / number of masked tokens, both over the whole batch. Not a bound either.
+                the sample's masked tokens. The same bound (any-order autoregression) with less
+                variance. Super Data Learners divide by the realised masked share, with an empty
+                mask raised to n = 1, which counts n = 1 twice; here each n counts once.
+    unweighted  1/l * sum of CE. Not a bound: a uniform predictor over V tokens gets (ln V) / 2.
+    maskgit     sum of CE / number of masked tokens, both over the whole batch. Not a bound.
 
-    All are averages over valid tokens except maskgit; "nelbo" logs the true bound for all of them.
+    All but maskgit average over valid tokens. "nelbo" logs the true bound whatever is trained.
     """
 
     vocab_size: int
@@ -67,7 +73,7 @@ class MaskedObjective:
         return seq_length
 
     def step_length(self, step: int, *, seq_length: int, multiple: int, seed: int) -> int:
-        """seq_length, or in a share of the steps a uniform length of 2..seq_length, rounded down."""
+        """seq_length, or in a share of the steps a random length of 2..seq_length, rounded down."""
         probability = self.variable_length_probability
         if host_uniform(seed, Stream.TRAINING, Purpose.LENGTH, step, 0) >= probability:
             return seq_length
@@ -103,9 +109,7 @@ class MaskedObjective:
 
     def loss(self, logits: Tensor, inputs: ModelInputs, tp_group: ProcessGroup | None) -> LossTerms:
         """Weighted sum of -log p(clean token) over the masked slots."""
-        slots = slots_of(inputs.scored, logits.shape[0])
-        targets = inputs.targets.reshape(-1)[slots]
-        nll = -log_prob(logits, targets, vocab_size=self.vocab_size, tp_group=tp_group)
+        slots, nll = scored_nll(logits, inputs, self.vocab_size, tp_group)
         terms = weighted_terms(nll, slots, inputs)
         num_masked = inputs.scored.sum(dtype=torch.float32)
         terms.metrics["masked_share"] = (num_masked, inputs.valid.sum(dtype=torch.float32))
@@ -139,14 +143,12 @@ def mask_by_time(
     time = time_floor + (1.0 - time_floor) * draw
     lowest_rate = schedule.mask_rate(torch.full_like(time, time_floor))
     rescale = (1.0 - time_floor) / (1.0 - lowest_rate)
-    # As in counter_rng.uniform, with the arithmetic shift spelled out: 24 bits in [0, 1).
-    uniforms = ((bits >> 40) & ((1 << 24) - 1)).to(torch.float64).mul_(2.0**-24)
-    masked = (uniforms < schedule.mask_rate(time)) & valid
+    masked = (to_uniform(bits) < schedule.mask_rate(time)) & valid
     return Corruption(masked, schedule.elbo_weight(time) * rescale, noise_level=time)
 
 
 def mask_by_count(draw: Tensor, bits: Tensor, valid: Tensor) -> Corruption:
-    """The n = 1 + floor(l * draw) valid tokens with the smallest keys masked, l valid tokens in all.
+    """Of l valid tokens the n = 1 + floor(l * draw) with the smallest keys masked.
 
     Shapes as in `mask_by_time`. A stable sort breaks ties of keys by position.
     """

@@ -1,9 +1,8 @@
-"""Noise schedules: how many tokens of a sample are masked at time t, and what the bound weighs them.
+"""Noise schedules: alpha(t) is the probability that a token is still clean at time t.
 
-A schedule is alpha(t), the probability that a token is still clean; alpha(0) = 1, alpha(1) = 0.
-The bound is the integral over t of -alpha'(t) / (1 - alpha(t)) times the cross entropy of the
-masked tokens (papers: MDLM eq. 11, MD4 eq. 5); it does not depend on the schedule. Times and
-results are float64 [...].
+alpha(0) = 1, alpha(1) = 0. The bound is the integral over t of -alpha'(t) / (1 - alpha(t)) times
+the expected cross entropy of the masked tokens (MDLM, arXiv 2406.07524; MD4, arXiv 2406.04329); it
+does not depend on the schedule. Times and results are float64 tensors of any one shape.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """alpha(t) = 1 - cos(pi/2 (1 - t)); the mask rate is sin(pi/2 t), the weight pi/2 cot(pi/2 t)."""
+    """alpha(t) = 1 - cos(pi/2 (1 - t)): mask rate sin(pi/2 t), weight pi/2 cot(pi/2 t)."""
 
     def mask_rate(self, time: Tensor) -> Tensor:
         return torch.sin(0.5 * math.pi * time)
@@ -59,7 +58,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Polynomial:
-    """alpha(t) = 1 - t^w; the mask rate is t^w, the weight w/t."""
+    """alpha(t) = 1 - t^w: mask rate t^w, weight w/t."""
 
     exponent: float
 

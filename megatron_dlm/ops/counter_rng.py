@@ -18,7 +18,7 @@ _NORMAL_CHUNK_ELEMENTS = 1 << 18
 
 
 class Stream(IntEnum):
-    """Which part of the program draws. The values are part of every run's noise: never change them."""
+    """Which part of the program draws. Never change a value: it is part of every run's noise."""
 
     TRAINING = 0
     VALIDATION = 1
@@ -27,7 +27,7 @@ class Stream(IntEnum):
 
 
 class Purpose(IntEnum):
-    """What one draw is for. The values are part of every run's noise: never change or reuse them."""
+    """What one draw is for. Never change or reuse a value: it is part of every run's noise."""
 
     NOISE_LEVEL = 0
     MASK = 1
@@ -47,7 +47,11 @@ def random_bits(seed: int, stream: int, purpose: int, index: Tensor, position: T
 
 def uniform(seed: int, stream: int, purpose: int, index: Tensor, position: Tensor) -> Tensor:
     """Uniform in [0, 1), fp32: the multiples of 2^-24, so every device gives the same value."""
-    bits = random_bits(seed, stream, purpose, index, position)
+    return to_uniform(random_bits(seed, stream, purpose, index, position))
+
+
+def to_uniform(bits: Tensor) -> Tensor:
+    """The uniform fp32 number in [0, 1) that `uniform` makes of random bits: the upper 24 bits."""
     return _shift_right(bits, 40).to(torch.float32).mul_(2.0**-24)
 
 
@@ -57,7 +61,7 @@ def normal(seed: int, stream: int, purpose: int, index: Tensor, position: Tensor
     Works in chunks of rows, so a parameter tensor (index [rows, 1], position [1, columns]) needs
     little more memory than its result. Devices may differ in the last bit (log and cos).
     """
-    shape = torch.broadcast_shapes(index.shape, position.shape)
+    shape: torch.Size = torch.broadcast_shapes(index.shape, position.shape)  # type: ignore[no-untyped-call]
     index, position = (
         counter.reshape((1,) * (len(shape) - counter.dim()) + tuple(counter.shape))
         for counter in (index, position)

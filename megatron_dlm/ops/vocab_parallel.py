@@ -33,7 +33,7 @@ def log_prob(
     assert targets.shape == logits.shape[:1], (
         f"{targets.shape[0]} targets, {logits.shape[0]} rows of logits"
     )
-    result = _LogProb.apply(logits, targets, vocab_size, tp_group)
+    result = _LogProb.apply(logits, targets, vocab_size, tp_group)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
     return result
 
@@ -99,14 +99,16 @@ class _LogProb(torch.autograd.Function):
             # loses all its digits when it is rounded to bf16 before the subtraction.
             out = target if target.dtype == torch.float32 else None
             chunk = torch.sub(logits[rows, :num_columns], maximum[rows, None], out=out)
-            chunk.exp_().mul_(scale[rows]).scatter_add_(1, columns[rows], at_target[rows])
+            chunk.exp_().mul_(scale[rows]).scatter_add_(
+                1, columns[rows], at_target[rows].to(chunk.dtype)
+            )
             if out is None:
                 target.copy_(chunk)
         return grad_logits, None, None, None
 
 
 def _max_and_exp_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row of [n, columns]: the maximum m and sum exp(logits - m), fp32; (lowest, 0) if empty."""
+    """Per row of [n, columns]: maximum m and sum exp(logits - m), fp32; (lowest, 0) if empty."""
     maximum = torch.full(logits.shape[:1], _LOWEST, dtype=torch.float32, device=logits.device)
     exp_sum = torch.zeros_like(maximum)
     for rows in _row_chunks(logits):

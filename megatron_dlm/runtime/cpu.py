@@ -3,8 +3,8 @@
 Megatron Core 0.16.1 writes "cuda" as a constant in many places and asks torch.cuda for the current
 device and the random state. Three remedies, each as small as its cause: constants are rewritten when
 its modules are compiled, six names of torch.cuda answer for the CPU, and the random-state tracker
-forks the CPU generator. `EXPECTED_REWRITES` and tests/policy/test_megatron_surface.py make an
-upgrade of Megatron Core fail loudly.
+forks the CPU generator. tests/policy/test_megatron_surface.py makes
+an upgrade of Megatron Core fail loudly.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ import contextlib
 import ctypes
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 import types
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-
-MEGATRON_VERSION = "0.16.1"
 
 _CONSTANTS = {
     "cuda": "cpu",
@@ -43,6 +41,7 @@ def adapt_megatron() -> None:
     if any(name.startswith("megatron.core") for name in sys.modules):
         raise RuntimeError("megatron.core was imported before the CPU adapter was installed")
     sys.meta_path.insert(0, _MegatronFinder())
+    _silence_warnings_about_cuda()
     _answer_for_cuda()
     _adapt_random_state()
     _keep_freed_memory()
@@ -81,6 +80,13 @@ def _replace(constant: Any, module: str) -> Any:
         rewritten_constants[module] += 1
         return _CONSTANTS[constant]
     return constant
+
+
+def _silence_warnings_about_cuda() -> None:
+    """Megatron Core warns at import that GPU libraries are missing; on CPU that is no news."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def _answer_for_cuda() -> None:

@@ -72,6 +72,8 @@ def _open_cuda() -> Device:
             f"local rank {rank} has no GPU: this node shows {count}; start at most {count} ranks "
             "per node or set train.device cpu"
         )
+    # Megatron Core orders its communication kernels by this; it must be set before CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(rank)
     name = torch.cuda.get_device_name(rank)
     peak = next((flops for part, flops in _PEAK_BF16_FLOPS.items() if part in name), None)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -14,6 +15,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_dlm.config.architecture import ParallelConfig
 from megatron_dlm.runtime.device import Device
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,12 @@ class ParallelContext:
         dist.all_gather_object(errors, error, group=self.control_group)
         return next((message for message in errors if message is not None), None)
 
+    def from_main(self, value: T) -> T:
+        """The value that rank 0 has, on every rank."""
+        values: list[T] = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control_group)
+        return values[0]
+
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
         """If the body raises a user error on any rank, every rank raises it: nobody is left waiting."""
@@ -89,25 +98,41 @@ class ParallelContext:
             raise ValueError(message)
 
 
-def world_size_from_environment() -> int:
-    """Ranks of this job, from torchrun or Slurm; 1 when started alone."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextlib.contextmanager
 def parallel_context(config: ParallelConfig, device: Device) -> Iterator[ParallelContext]:
     """Start torch.distributed, lay out the groups, and close both at the end."""
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
-        dist.init_process_group(device.backend, timeout=timeout)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
+    dist.init_process_group(device.backend, timeout=timeout, **_rendezvous())
     try:
         with laid_out(config) as parallel:
             yield parallel
     finally:
         dist.destroy_process_group()
+
+
+def _rendezvous() -> dict[str, Any]:
+    """How ranks find each other: torchrun's variables, Slurm's, or nobody to find."""
+    environment = os.environ
+    if "RANK" in environment:
+        return {"init_method": "env://"}
+    num_tasks = int(environment.get("SLURM_NTASKS", "1"))
+    if num_tasks == 1:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    missing = [
+        name
+        for name in ("SLURM_PROCID", "MASTER_ADDR", "MASTER_PORT")
+        if name not in environment
+    ]
+    if missing:
+        raise ValueError(
+            f"SLURM_NTASKS is {num_tasks} but {', '.join(missing)} is not set; start every task "
+            "with srun and export MASTER_ADDR (the first node) and MASTER_PORT before it"
+        )
+    return {
+        "init_method": f"tcp://{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}",
+        "rank": int(environment["SLURM_PROCID"]),
+        "world_size": num_tasks,
+    }
 
 
 @contextlib.contextmanager

@@ -1,0 +1,77 @@
+"""Nothing foreign is unpickled when a checkpoint is read.
+
+PyTorch reads a distributed checkpoint's `.metadata` with a plain unpickler and its byte objects with
+weights_only=False: a hostile file could run code. Inside `safe_loading` only the names that such
+files really hold are accepted. Remove it when PyTorch offers the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import default_planner, filesystem
+
+_DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+_ALLOWED = {
+    "collections": {"OrderedDict"},
+    "torch": {"Size", *_DTYPES},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+}
+
+
+class _AllowListUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"checkpoint metadata names {module}.{name}, refused")
+        return super().find_class(module, name)
+
+
+def _load_metadata(file: Any) -> Any:
+    return _AllowListUnpickler(file).load()
+
+
+def _load_weights_only(file: io.BytesIO, **options: Any) -> Any:
+    return torch.load(file, **{**options, "weights_only": True})
+
+
+@contextlib.contextmanager
+def safe_loading() -> Iterator[None]:
+    """Replace the two unsafe readers of torch.distributed.checkpoint for the time of one load."""
+    plain_pickle, plain_torch = filesystem.pickle, default_planner.torch
+    filesystem.pickle = SimpleNamespace(load=_load_metadata, dump=pickle.dump)
+    default_planner.torch = _TorchWithSafeLoad()
+    try:
+        yield
+    finally:
+        filesystem.pickle, default_planner.torch = plain_pickle, plain_torch
+
+
+class _TorchWithSafeLoad:
+    load = staticmethod(_load_weights_only)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)

@@ -1,0 +1,98 @@
+"""What is in a checkpoint: model, optimizer moments, and the counters of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_dlm.models.build import sharding_metadata
+from megatron_dlm.runtime.parallel import ParallelContext
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything but tensors that a resumed run needs; the same on every rank."""
+
+    step: int
+    """Finished optimizer updates."""
+    pending_metrics: dict[str, list[float]] = field(default_factory=dict)
+    """name -> [sum, count] of metrics not yet logged when the checkpoint was taken."""
+
+
+def model_state(
+    chunks: Sequence[DistributedDataParallel], parallel: ParallelContext
+) -> dict[str, Any]:
+    """Sharded state of all model chunks; the keys inside name layers globally."""
+    metadata = sharding_metadata(parallel)
+    return {
+        f"model{number}": chunk.module.sharded_state_dict(metadata=metadata)
+        for number, chunk in enumerate(chunks)
+    }
+
+
+def optimizer_state(
+    optimizer: MegatronOptimizer,
+    model: Mapping[str, Any],
+    parallel: ParallelContext,
+    *,
+    is_loading: bool,
+) -> dict[str, Any]:
+    """Sharded fp32 weights and moments.
+
+    Learning rates and other settings are left out: they follow from the config and the step.
+    """
+    metadata = sharding_metadata(parallel)
+    state = {}
+    for number, part in enumerate(_parts(optimizer)):
+        if is_loading:
+            _prime(part)
+        sharded = part.sharded_state_dict(dict(model), is_loading=is_loading, metadata=metadata)
+        state[f"optimizer{number}"] = sharded["param_state"]
+    return state
+
+
+@torch.no_grad()
+def restore_optimizer(
+    optimizer: MegatronOptimizer, loaded: Mapping[str, Any], step: int
+) -> None:
+    """Copy loaded tensors into this rank's shards and set Adam's step.
+
+    torch.optim.AdamW keeps `step` per parameter, which Megatron Core would fill with one shared
+    tensor (it then counts once per parameter); so it is set here, one tensor each.
+    """
+    for number, part in enumerate(_parts(optimizer)):
+        states = [state for state in part.optimizer.state.values() if state]
+        steps_are_per_parameter = any("step" in state for state in states)
+        for state in states:
+            state.pop("step", None)
+        part.load_parameter_state_from_fully_reshardable(loaded[f"optimizer{number}"])
+        if steps_are_per_parameter:
+            for state in states:
+                state["step"] = torch.tensor(float(step))
+        else:
+            for group in part.optimizer.param_groups:
+                group["step"] = step
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not part.is_stub_optimizer]
+
+
+def _prime(part: DistributedOptimizer) -> None:
+    """Give a fresh torch AdamW its state; Megatron Core expects at least one step in it."""
+    if not isinstance(part.optimizer, torch.optim.AdamW) or part.optimizer.state:
+        return
+    for group in part.optimizer.param_groups:
+        for parameter in group["params"]:
+            part.optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }

@@ -1,0 +1,178 @@
+"""Saves and loads checkpoints with Megatron's dist_checkpointing, on any parallel layout.
+
+A checkpoint is written under a temporary name and renamed when every rank has finished;
+`latest_checkpointed_iteration.txt` follows last, so a killed save is never mistaken for a whole one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+)
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_dlm.checkpoint import retention
+from megatron_dlm.checkpoint.retention import Checkpoint
+from megatron_dlm.checkpoint.safe_loading import safe_loading
+from megatron_dlm.checkpoint.state import (
+    TrainState,
+    model_state,
+    optimizer_state,
+    restore_optimizer,
+)
+from megatron_dlm.config.schema import CheckpointConfig
+from megatron_dlm.runtime.parallel import ParallelContext
+
+FORMAT = 1
+_DISK_MARGIN_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """What is saved and restored."""
+
+    chunks: Sequence[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    parallel: ParallelContext
+
+
+class CheckpointStore:
+    """The checkpoints of one run directory."""
+
+    def __init__(
+        self,
+        root: Path,
+        config: CheckpointConfig,
+        subject: Checkpointed,
+        description: Mapping[str, Any],
+    ) -> None:
+        """`description` goes into every manifest: it must say what the weights are."""
+        self._root = root
+        self._config = config
+        self._subject = subject
+        self._description = dict(description)
+        self._queue = AsyncCallsQueue(persistent=False) if config.asynchronous else None
+
+    def save(self, state: TrainState) -> None:
+        """Write one checkpoint; asynchronous if so configured. Collective.
+
+        Raises ValueError on every rank, before anything is written, when the disk is too full.
+        """
+        self.wait()
+        parallel = self._subject.parallel
+        model = model_state(self._subject.chunks, parallel)
+        optimizer = optimizer_state(self._subject.optimizer, model, parallel, is_loading=False)
+        target = self._root / retention.directory_name(state.step)
+        unfinished = target.with_name(target.name + retention.UNFINISHED_SUFFIX)
+        with parallel.failing_together():
+            if parallel.is_main:
+                self._make_room(unfinished)
+        request = dist_checkpointing.save(
+            {**model, **optimizer, "train_state": asdict(state)},
+            str(unfinished),
+            async_sharded_save=self._queue is not None,
+        )
+        if self._queue is None:
+            self._publish(unfinished, target, state.step)
+        else:
+            request.add_finalize_fn(lambda: self._publish(unfinished, target, state.step))
+            self._queue.schedule_async_request(request)
+
+    def finish_if_written(self) -> None:
+        """Publish an asynchronous save whose writers are done. Collective while one is under way."""
+        if self._queue is not None and self._queue.get_num_unfinalized_calls():
+            self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        """Wait for the asynchronous save under way, if any. Collective."""
+        if self._queue is not None and self._queue.get_num_unfinalized_calls():
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def _make_room(self, unfinished: Path) -> None:
+        self._root.mkdir(parents=True, exist_ok=True)
+        parameters = int(self._description["num_parameters"])
+        # Weights in training precision (at most 4 bytes), fp32 weights and two fp32 moments.
+        needed = 16 * parameters + _DISK_MARGIN_BYTES
+        free = shutil.disk_usage(self._root).free
+        if free < needed:
+            raise ValueError(
+                f"{self._root}: {free / 1e9:.2f} GB are free but a checkpoint takes up to "
+                f"{needed / 1e9:.2f} GB; free some space and start again: the run continues from "
+                "its newest checkpoint"
+            )
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+
+    def _publish(self, unfinished: Path, target: Path, step: int) -> None:
+        dist.barrier(self._subject.parallel.control_group)
+        if self._subject.parallel.is_main:
+            retention.write_manifest(
+                unfinished, {"format": FORMAT, "step": step, **self._description}
+            )
+            if target.exists():
+                shutil.rmtree(target)
+            unfinished.rename(target)
+            retention.write_whole(self._root / retention.LATEST_NAME, f"{step}\n")
+            retention.remove_old(
+                self._root,
+                keep_last=self._config.keep_last,
+                keep_every_steps=self._config.keep_every_steps,
+            )
+        dist.barrier(self._subject.parallel.control_group)
+
+
+def load(checkpoint: Checkpoint, subject: Checkpointed) -> TrainState:
+    """Restore weights, moments and counters from a checkpoint of any layout. Collective."""
+    model = model_state(subject.chunks, subject.parallel)
+    optimizer = optimizer_state(subject.optimizer, model, subject.parallel, is_loading=True)
+    loaded = _read(checkpoint.path, {**model, **optimizer}, subject.parallel)
+    _restore_model(subject.chunks, loaded)
+    state = TrainState(**loaded["train_state"])
+    restore_optimizer(subject.optimizer, loaded, state.step)
+    return state
+
+
+def load_weights(
+    checkpoint: Checkpoint, chunks: Sequence[Any], parallel: ParallelContext
+) -> None:
+    """Restore only the weights (for generation and evaluation). Collective."""
+    _restore_model(chunks, _read(checkpoint.path, model_state(chunks, parallel), parallel))
+
+
+def check_description(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the first differing value if the checkpoint is of another model."""
+    for section, values in expected.items():
+        stored = checkpoint.manifest.get(section)
+        if not isinstance(values, Mapping) or not isinstance(stored, Mapping):
+            continue
+        for name, value in values.items():
+            if stored.get(name) != value:
+                raise ValueError(
+                    f"{checkpoint.path} was made with {section}.{name} {stored.get(name)}, this "
+                    f"run has {value}; use the same value or another train.output_dir"
+                )
+
+
+def _read(path: Path, sharded: dict[str, Any], parallel: ParallelContext) -> dict[str, Any]:
+    strategy = get_default_load_sharded_strategy(str(path))
+    if parallel.data.size > 1:
+        # Each DP rank reads a part and they exchange, instead of all reading everything.
+        strategy = FullyParallelLoadStrategyWrapper(strategy, parallel.groups.dp_cp)
+    with safe_loading():
+        return dist_checkpointing.load(sharded, str(path), sharded_strategy=strategy)
+
+
+def _restore_model(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
+    for number, chunk in enumerate(chunks):
+        chunk.module.load_state_dict(loaded[f"model{number}"])

@@ -1,0 +1,148 @@
+"""Rules that span sections. Each failure is one line: the keys, their values, the remedy."""
+
+from __future__ import annotations
+
+from megatron_dlm.config.checks import require
+from megatron_dlm.config.derive import num_micro_batches, resolve, total_steps, world_size_of
+from megatron_dlm.config.schema import RunConfig
+from megatron_dlm.config.tokenizer_metadata import read_tokenizer_metadata
+
+
+def prepare(config: RunConfig) -> RunConfig:
+    """The resolved and checked configuration of a training run in this process's environment."""
+    config = resolve(config)
+    check(config, world_size_of())
+    return config
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Refuse what cannot train: a resolved configuration on `world_size` ranks."""
+    check_layout(config, world_size)
+    check_tokens(config)
+    _check_length(config)
+    require(
+        bool(config.data.train),
+        "data.train is empty; give {prefix: weight}, with shards made by `megatron-dlm preprocess`",
+    )
+
+
+def check_layout(config: RunConfig, world_size: int) -> None:
+    """Refuse shapes that the parallel layout cannot split evenly."""
+    micro_batches = num_micro_batches(config, world_size)
+    model, parallel = config.model, config.parallel
+    tensor_size = parallel.tensor_model_parallel_size
+    split_over_tensor_ranks = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_query_groups": model.query_groups,
+        "model.ffn_hidden_size": model.ffn_size,
+    }
+    if parallel.sequence_parallel:
+        split_over_tensor_ranks["model.seq_length"] = model.seq_length
+    for name, value in split_over_tensor_ranks.items():
+        require(
+            value % tensor_size == 0,
+            f"{name} {value} is not a multiple of "
+            f"parallel.tensor_model_parallel_size {tensor_size}",
+        )
+    require(
+        model.padded_vocab_size % tensor_size == 0,
+        f"the padded vocabulary of {model.padded_vocab_size} rows is not a multiple of "
+        f"parallel.tensor_model_parallel_size {tensor_size}; make "
+        f"model.make_vocab_size_divisible_by {model.make_vocab_size_divisible_by} a multiple of it",
+    )
+    _check_pipeline(config, micro_batches)
+    _check_implementation(config)
+
+
+def _check_pipeline(config: RunConfig, micro_batches: int) -> None:
+    parallel = config.parallel
+    stages = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    layers = config.model.num_layers
+    require(
+        layers % (stages * chunks) == 0,
+        f"model.num_layers {layers} is not a multiple of parallel.pipeline_model_parallel_size "
+        f"{stages} * parallel.virtual_pipeline_model_parallel_size {chunks}",
+    )
+    require(
+        chunks == 1 or micro_batches % stages == 0,
+        f"a step has {micro_batches} micro-batches per rank; the interleaved pipeline needs a "
+        f"multiple of parallel.pipeline_model_parallel_size {stages}: raise "
+        "train.global_batch_size or drop parallel.virtual_pipeline_model_parallel_size",
+    )
+
+
+def _check_implementation(config: RunConfig) -> None:
+    require(
+        config.train.device != "cpu" or config.model.transformer_impl != "transformer_engine",
+        "model.transformer_impl transformer_engine needs a GPU, but train.device is cpu; use auto",
+    )
+
+
+def check_tokens(config: RunConfig) -> None:
+    """Refuse a mask id or vocabulary that clashes with the tokenizer or the objective."""
+    objective, vocab_size = config.objective, config.model.vocab_size
+    assert vocab_size is not None, "resolve() fills vocab_size"
+    mask_id = objective.mask_token_id
+    needs_mask = objective.kind == "masked" or objective.input_masking_ratio > 0
+    require(
+        mask_id is not None or not needs_mask,
+        f"objective.kind {objective.kind} needs a mask token; give data.tokenizer or "
+        "objective.mask_token_id",
+    )
+    require(
+        mask_id is None or 0 <= mask_id < vocab_size,
+        f"objective.mask_token_id {mask_id} is outside the vocabulary of {vocab_size} tokens",
+    )
+    if config.data.tokenizer is not None:
+        _check_against_tokenizer(config.data.tokenizer, vocab_size, mask_id)
+
+
+def _check_against_tokenizer(directory: str, vocab_size: int, mask_id: int | None) -> None:
+    metadata = read_tokenizer_metadata(directory)
+    require(
+        vocab_size >= metadata.vocab_size,
+        f"model.vocab_size {vocab_size} is below the {metadata.vocab_size} tokens of "
+        f"data.tokenizer {directory}; remove it to take the tokenizer's",
+    )
+    is_text = mask_id is not None and mask_id < metadata.vocab_size
+    is_text = is_text and mask_id not in metadata.special_ids
+    require(
+        not is_text,
+        f"objective.mask_token_id {mask_id} is a text token of data.tokenizer {directory}; "
+        f"its mask token is {metadata.mask_id}",
+    )
+    require(
+        mask_id is None or mask_id not in (metadata.eod_id, metadata.bos_id, metadata.pad_id),
+        f"objective.mask_token_id {mask_id} is the end-of-document, begin or pad token of "
+        f"data.tokenizer {directory}; its mask token is {metadata.mask_id}",
+    )
+
+
+def _check_length(config: RunConfig) -> None:
+    train, schedule = config.train, config.schedule
+    require(
+        any(value is not None for value in (train.steps, train.tokens, train.epochs)),
+        "the length of the run is unknown; give one of train.steps, train.tokens, train.epochs",
+    )
+    if train.epochs is None:
+        check_schedule(config, total_steps(config, num_windows=0))
+    require(
+        schedule.kind != "wsd" or schedule.decay_fraction > 0,
+        "schedule.kind wsd with schedule.decay_fraction 0 never decays; use schedule.kind constant",
+    )
+
+
+def check_schedule(config: RunConfig, steps: int) -> None:
+    """Refuse a warmup (and wsd decay) that does not fit into `steps`."""
+    schedule = config.schedule
+    require(
+        schedule.warmup_steps < steps,
+        f"schedule.warmup_steps {schedule.warmup_steps} must be below the {steps} steps of the run",
+    )
+    decay = schedule.decay_fraction * steps if schedule.kind == "wsd" else 0
+    require(
+        schedule.warmup_steps + decay <= steps,
+        f"schedule.warmup_steps {schedule.warmup_steps} and schedule.decay_fraction "
+        f"{schedule.decay_fraction} of {steps} steps overlap; make one of them smaller",
+    )

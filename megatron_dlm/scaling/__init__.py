@@ -1,0 +1,1 @@
+"""Reckoning about runs: what one costs and what many of them show. Imports no torch."""

@@ -1,0 +1,84 @@
+"""Validation curves of finished or running runs: their best values, and where two of them cross."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import orjson
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One validation of a run."""
+
+    step: int
+    epoch: float
+    tokens: int
+    nats_per_token: float
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where the second curve passes below the first for good, between two validations."""
+
+    epoch: float
+    nats_per_token: float
+
+
+def read_validation_curve(path: Path) -> list[CurvePoint]:
+    """The validations in a metrics.jsonl, in order; the metric is `nelbo` (the NLL for AR).
+
+    Validations without a finite value are left out, and so is a line that is still being written.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the metrics.jsonl of a run")
+    lines = path.read_bytes().split(b"\n")[:-1]
+    entries = [entry for line in lines if (entry := orjson.loads(line))["split"] == "valid"]
+    curve = [
+        CurvePoint(entry["step"], entry["epoch"], entry["tokens"], entry["nelbo"])
+        for entry in entries
+        if entry["nelbo"] is not None and math.isfinite(entry["nelbo"])
+    ]
+    if not curve:
+        raise ValueError(f"{path} holds no validation; set data.valid in the run's configuration")
+    return curve
+
+
+def best_point(curve: Sequence[CurvePoint]) -> CurvePoint:
+    """The first validation with the lowest value."""
+    return min(curve, key=lambda point: point.nats_per_token)
+
+
+def find_crossing(first: Sequence[CurvePoint], second: Sequence[CurvePoint]) -> Crossing | None:
+    """Where `second`, above `first` before, passes below it and stays there; None if it does not.
+
+    Both curves are joined by straight lines in the epoch, over the epochs that both cover.
+    """
+    (epochs_a, values_a), (epochs_b, values_b) = _as_arrays(first), _as_arrays(second)
+    start, end = max(epochs_a[0], epochs_b[0]), min(epochs_a[-1], epochs_b[-1])
+    grid = np.union1d(epochs_a, epochs_b)
+    grid = grid[(grid >= start) & (grid <= end)]
+    above = np.interp(grid, epochs_b, values_b)
+    gap = above - np.interp(grid, epochs_a, values_a)
+    not_below = np.flatnonzero(gap >= 0)
+    if len(not_below) == 0 or not_below[-1] == len(grid) - 1:
+        return None
+    left = int(not_below[-1])
+    share = float(gap[left] / (gap[left] - gap[left + 1]))
+    return Crossing(
+        epoch=float(grid[left] + share * (grid[left + 1] - grid[left])),
+        nats_per_token=float(above[left] + share * (above[left + 1] - above[left])),
+    )
+
+
+def _as_arrays(
+    curve: Sequence[CurvePoint],
+) -> tuple[
+    np.ndarray[tuple[int], np.dtype[np.float64]], np.ndarray[tuple[int], np.dtype[np.float64]]
+]:
+    epochs = np.array([point.epoch for point in curve], dtype=np.float64)
+    return epochs, np.array([point.nats_per_token for point in curve], dtype=np.float64)

@@ -1,0 +1,126 @@
+"""The run directory: what it holds, and whether a run may continue in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_dlm import __version__
+from megatron_dlm.checkpoint.retention import (
+    Checkpoint,
+    remove_unfinished,
+    whole_checkpoints,
+    write_whole,
+)
+from megatron_dlm.config.parse import dump
+from megatron_dlm.config.schema import RunConfig
+
+_CONFIG_NAME, _RUN_NAME = "config.yaml", "run.json"
+# What a continued run may change: the layout, the reporting, and how long it goes on.
+_FREE_SECTIONS = ("parallel", "checkpoint", "validation", "logging")
+_FREE_FIELDS = {
+    "train": ("steps", "tokens", "epochs", "micro_batch_size", "device", "output_dir", "resume"),
+    "model": ("transformer_impl", "recompute_granularity", "recompute_num_layers"),
+    "data": ("train", "valid", "tokenizer"),  # files may move; their digest is compared instead
+}
+_PACKAGES = ("torch", "megatron-core", "numpy")
+
+
+class RunDirectory:
+    """Files of one run. Only rank 0 writes."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+
+    def open(self, config: RunConfig) -> tuple[Checkpoint | None, list[str]]:
+        """Make the directory ready; the checkpoint to continue from and warnings to show.
+
+        Raises ValueError when it holds a run of another configuration, OSError when it cannot be
+        written.
+        """
+        if config.train.resume == "never":
+            self._set_aside()
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.path, os.W_OK):
+            raise ValueError(f"train.output_dir {self.path} is not writable; choose another")
+        self._refuse_other_config(config)
+        whole, warnings = whole_checkpoints(self.checkpoints)
+        remove_unfinished(self.checkpoints)
+        write_whole(self.path / _CONFIG_NAME, dump(config))
+        return (whole[-1] if whole else None), warnings
+
+    def write_run_facts(self, facts: Mapping[str, Any]) -> None:
+        """run.json: what this start of the run was made of."""
+        content = {**_environment(), **facts}
+        write_whole(self.path / _RUN_NAME, json.dumps(content, indent=1) + "\n")
+
+    def _set_aside(self) -> None:
+        """Move an old run into previous_N/ inside the directory; nothing is deleted."""
+        if not (self.path / _CONFIG_NAME).exists():
+            return
+        numbers = [int(old.name.split("_")[1]) for old in self.path.glob("previous_[0-9]*")]
+        target = self.path / f"previous_{max(numbers, default=0) + 1}"
+        entries = [entry for entry in self.path.iterdir() if not entry.name.startswith("previous_")]
+        target.mkdir()
+        # The config goes last: while it is still there, an interrupted move is repeated.
+        for entry in sorted(entries, key=lambda entry: entry.name == _CONFIG_NAME):
+            entry.rename(target / entry.name)
+
+    def _refuse_other_config(self, config: RunConfig) -> None:
+        path = self.path / _CONFIG_NAME
+        if not path.exists():
+            return
+        try:
+            old = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}; restore or remove it") from None
+        for section, values in asdict(config).items():
+            if section in _FREE_SECTIONS:
+                continue
+            for name, value in values.items():
+                stored = old.get(section, {}).get(name)
+                if name not in _FREE_FIELDS.get(section, ()) and stored != value:
+                    raise ValueError(
+                        f"{self.path} holds a run with {section}.{name} {stored}, this one has "
+                        f"{value}; choose another train.output_dir, or set train.resume never to "
+                        "start anew (the old run is kept in previous_N/)"
+                    )
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "megatron_dlm": __version__,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "host": socket.gethostname(),
+        "command": sys.argv,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in the source tree; None where this is no checkout."""
+    try:
+        result = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

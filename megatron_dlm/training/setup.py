@@ -1,0 +1,205 @@
+"""Opens everything a run needs: data, run directory, model, optimizer, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_dlm.checkpoint.retention import Checkpoint
+from megatron_dlm.checkpoint.state import TrainState
+from megatron_dlm.checkpoint.store import Checkpointed, CheckpointStore, check_description, load
+from megatron_dlm.config.derive import step_tokens, total_steps
+from megatron_dlm.config.schema import RunConfig
+from megatron_dlm.config.tokenizer_metadata import read_tokenizer_metadata
+from megatron_dlm.config.validate import check_schedule
+from megatron_dlm.data.loader import Corpus, open_corpus
+from megatron_dlm.models.accounting import count_parameters, training_flops_per_token
+from megatron_dlm.models.build import build_model
+from megatron_dlm.objectives.build import build_objective
+from megatron_dlm.ops.batch import TokenBatch
+from megatron_dlm.ops.counter_rng import Stream
+from megatron_dlm.runtime.device import Device
+from megatron_dlm.runtime.parallel import ParallelContext
+from megatron_dlm.runtime.seeding import seed_dropout
+from megatron_dlm.training.metrics import Metrics
+from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_dlm.training.run_directory import RunDirectory
+from megatron_dlm.training.step import Pass
+from megatron_dlm.training.validate import num_validation_samples, validation_micro_batches
+
+# The part of the model section that says what the weights are; the rest is how they are used.
+_WEIGHT_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "ffn_hidden_size",
+    "activation",
+    "qk_layernorm",
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+    "untie_embeddings_and_output_weights",
+)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is read: the corpora, the length they imply, and the checkpoint to continue from."""
+
+    corpus: Corpus
+    valid_corpus: Corpus | None
+    num_steps: int
+    checkpoint: Checkpoint | None
+    messages: list[str]
+    """What the user should know before the first step."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the loop works with."""
+
+    training: Pass
+    validation: Pass | None
+    validation_batches: list[TokenBatch]
+    optimizer: MegatronOptimizer
+    store: CheckpointStore
+    start: TrainState
+
+
+def open_sources(
+    config: RunConfig, directory: RunDirectory, parallel: ParallelContext
+) -> Sources:
+    """Open shards on every rank and the run directory on rank 0; all ranks fail together."""
+    valid_corpus = checkpoint = None
+    messages: list[str] = []
+    with parallel.failing_together():
+        corpus = _open_corpus(config, config.data.train, config.data.unique_tokens)
+        if config.data.valid:
+            valid_corpus = _open_corpus(config, config.data.valid, None)
+        num_steps = total_steps(config, corpus.num_windows)
+        check_schedule(config, num_steps)
+    with parallel.failing_together():
+        if parallel.is_main:
+            checkpoint, warnings = directory.open(config)
+            messages = [f"warning: {warning}" for warning in warnings]
+            if checkpoint is not None:
+                check_description(checkpoint, describe(config, corpus))
+                messages.append(f"continuing from {checkpoint.path}")
+    checkpoint = parallel.from_main(checkpoint)
+    return Sources(corpus, valid_corpus, num_steps, checkpoint, messages)
+
+
+def _open_corpus(
+    config: RunConfig, prefixes: Mapping[str, float], unique_tokens: int | None
+) -> Corpus:
+    assert config.model.vocab_size is not None, "resolve() fills vocab_size"
+    tokenizer = config.data.tokenizer
+    return open_corpus(
+        prefixes,
+        seq_length=config.model.seq_length,
+        seed=config.data.seed,
+        vocab_size=config.model.vocab_size,
+        mask_token_id=config.objective.mask_token_id,
+        unique_tokens=unique_tokens,
+        tokenizer_sha256=read_tokenizer_metadata(tokenizer).sha256 if tokenizer else None,
+    )
+
+
+def describe(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
+    """What a checkpoint of this run says about itself; a run continues only from its equal."""
+    model = asdict(config.model)
+    return {
+        "model": {name: model[name] for name in _WEIGHT_FIELDS},
+        "data": {"digest": corpus.digest},
+    }
+
+
+def run_facts(
+    config: RunConfig, sources: Sources, device: Device, parallel: ParallelContext
+) -> dict[str, Any]:
+    """What run.json says about this start of the run."""
+    flops = training_flops_per_token(config.model, config.objective).total
+    return {
+        "device": device.name,
+        "world_size": parallel.world_size,
+        "data_parallel_size": parallel.data.size,
+        "num_parameters": count_parameters(config.model).total,
+        "training_flops_per_token": flops,
+        "training_flops": flops * sources.num_steps * step_tokens(config),
+        "steps": sources.num_steps,
+        "unique_tokens": sources.corpus.unique_tokens,
+        "data_digest": sources.corpus.digest,
+        "resumed_from_step": sources.checkpoint.step if sources.checkpoint else None,
+    }
+
+
+def open_run(
+    config: RunConfig,
+    sources: Sources,
+    directory: RunDirectory,
+    *,
+    device: Device,
+    parallel: ParallelContext,
+) -> Run:
+    """Build model and optimizer, and restore them from the checkpoint if there is one."""
+    seed_dropout(config.train.seed, 0, parallel)  # building already forks the random state
+    with parallel.failing_together():
+        chunks = build_model(
+            config.model,
+            config.parallel,
+            config.objective.attention,
+            precision=config.train.precision,
+            seed=config.train.seed,
+            device=device,
+            parallel=parallel,
+        )
+    wrapped = wrap_data_parallel(chunks, config.parallel, parallel)
+    optimizer = build_optimizer(
+        wrapped, config.optimizer, overlap_param_gather=config.parallel.overlap_param_gather
+    )
+    subject = Checkpointed(wrapped, optimizer, parallel)
+    description = {
+        **describe(config, sources.corpus),
+        "config": asdict(config),
+        "num_parameters": count_parameters(config.model).total,
+    }
+    store = CheckpointStore(directory.checkpoints, config.checkpoint, subject, description)
+    start = load(sources.checkpoint, subject) if sources.checkpoint else TrainState(step=0)
+    training = _open_pass(config, subject, device, batch_size=config.train.global_batch_size)
+    training.metrics.restore(start.pending_metrics, owner=parallel.is_main)
+    validation, validation_batches = None, []
+    if sources.valid_corpus is not None:
+        num_samples = num_validation_samples(config, sources.valid_corpus)
+        validation = _open_pass(config, subject, device, batch_size=num_samples, training=False)
+        validation_batches = validation_micro_batches(config, sources.valid_corpus, parallel)
+    return Run(training, validation, validation_batches, optimizer, store, start)
+
+
+def _open_pass(
+    config: RunConfig,
+    subject: Checkpointed,
+    device: Device,
+    *,
+    batch_size: int,
+    training: bool = True,
+) -> Pass:
+    assert config.model.vocab_size is not None, "resolve() fills vocab_size"
+    objective = build_objective(
+        config.objective,
+        vocab_size=config.model.vocab_size,
+        mask_token_id=config.objective.mask_token_id,
+        batch_size=batch_size,
+        training=training,
+    )
+    return Pass(
+        chunks=subject.chunks,
+        objective=objective,
+        seed=config.train.seed if training else config.validation.seed,
+        stream=Stream.TRAINING if training else Stream.VALIDATION,
+        device=device,
+        parallel=subject.parallel,
+        metrics=Metrics(objective.metric_names, device.torch_device),
+    )

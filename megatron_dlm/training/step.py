@@ -1,0 +1,86 @@
+"""One optimizer update: Megatron's forward-backward schedule around the objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_dlm.objectives.base import Objective
+from megatron_dlm.ops.batch import ModelInputs, TokenBatch
+from megatron_dlm.ops.counter_rng import Stream
+from megatron_dlm.runtime.device import Device
+from megatron_dlm.runtime.parallel import ParallelContext
+from megatron_dlm.training.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What every forward pass needs besides its batch."""
+
+    chunks: Sequence[DistributedDataParallel]
+    objective: Objective
+    seed: int
+    stream: Stream
+    device: Device
+    parallel: ParallelContext
+    metrics: Metrics
+
+
+def train_step(setup: Pass, optimizer: MegatronOptimizer, micro_batches: list[TokenBatch]) -> float:
+    """Forward, backward and update on one global batch; returns the gradient norm before clipping."""
+    for chunk in setup.chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    run_micro_batches(setup, micro_batches, forward_only=False)
+    _, grad_norm, _ = optimizer.step()
+    return float(grad_norm)
+
+
+def run_micro_batches(setup: Pass, micro_batches: list[TokenBatch], *, forward_only: bool) -> None:
+    """Run this rank's micro-batches through the pipeline; the loss terms go to `setup.metrics`.
+
+    Gradients end up summed over all ranks and divided by the global token count.
+    """
+    length = micro_batches[0].tokens.shape[1] - 1
+    iterators: list[Iterator[TokenBatch]] = [iter(micro_batches) for _ in setup.chunks]
+    get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, setup),
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=list(setup.chunks),
+        num_microbatches=len(micro_batches),
+        seq_length=setup.objective.model_length(length),
+        micro_batch_size=micro_batches[0].tokens.shape[0],
+        forward_only=forward_only,
+    )
+
+
+def _forward_step(
+    setup: Pass, batches: Iterator[TokenBatch], chunk: DistributedDataParallel
+) -> tuple[Tensor, Any]:
+    """The first and the last stage both derive the same inputs, so no mask ever travels."""
+    batch = next(batches).to(setup.device.torch_device)
+    model = chunk.module
+    if not (model.pre_process or model.post_process):
+        return chunk(None, None), None
+    inputs = setup.objective.prepare(batch, setup.seed, setup.stream)
+    output = chunk(inputs.tokens, inputs.position_ids, inputs.scored)
+    return output, partial(_finish_loss, setup, inputs)
+
+
+def _finish_loss(
+    setup: Pass, inputs: ModelInputs, logits: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    # Three values and per-token loss: with two, Megatron scales in place by micro-batches and CP.
+    terms = setup.objective.loss(logits, inputs, setup.parallel.tensor.group)
+    if setup.parallel.tensor.rank == 0:
+        with torch.no_grad():
+            setup.metrics.add(terms.metrics)
+    return terms.loss_sum, terms.token_count, {}
