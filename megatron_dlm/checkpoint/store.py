@@ -6,6 +6,7 @@ A checkpoint is written under a temporary name and renamed when every rank has f
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -62,6 +64,7 @@ class CheckpointStore:
         self._config = config
         self._subject = subject
         self._description = dict(description)
+        _use_forked_result_queue()
         self._queue = AsyncCallsQueue(persistent=False) if config.asynchronous else None
 
     def save(self, state: TrainState) -> None:
@@ -130,6 +133,13 @@ class CheckpointStore:
                 keep_every_steps=self._config.keep_every_steps,
             )
         dist.barrier(self._subject.parallel.control_group)
+
+
+def _use_forked_result_queue() -> None:
+    """Writers report through a queue; Megatron Core would spawn its server, which imports the
+    caller's main module again: seconds lost at the first save, and a crash in unguarded scripts."""
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
 
 
 def load(checkpoint: Checkpoint, subject: Checkpointed) -> TrainState:

@@ -12,7 +12,7 @@ import numpy as np
 
 _MASK = (1 << 64) - 1
 _NUM_ROUNDS = 8
-# A round changes little of a small block, so that more of them are needed to reach all orders evenly.
+# A round changes little of a small block: reaching all orders evenly takes more of them.
 _NUM_ROUNDS_SMALL, _SMALL_BITS = 24, 12
 
 Index = TypeVar("Index", int, np.ndarray)

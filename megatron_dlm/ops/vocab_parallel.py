@@ -42,6 +42,7 @@ class _Context(Protocol):
     """What `_LogProb` keeps from its forward to its backward pass."""
 
     num_columns: int
+    is_split: bool
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]: ...
@@ -50,7 +51,7 @@ class _Context(Protocol):
 
 
 class _LogProb(torch.autograd.Function):
-    """Saves the logits themselves and three numbers per row; recomputes the exponentials."""
+    """Saves the logits themselves and two numbers per row; recomputes this rank's softmax."""
 
     @staticmethod
     def forward(
@@ -67,30 +68,32 @@ class _LogProb(torch.autograd.Function):
         here = (local_targets >= 0) & (local_targets < num_columns)
         columns = torch.where(here, local_targets, 0)
 
-        maximum, exp_sum = _max_and_exp_sum(logits[:, :num_columns])
+        maximum, local_exp_sum = _max_and_exp_sum(logits[:, :num_columns])
         if size > 1:
-            global_maximum = maximum.clone()
-            all_reduce(global_maximum, op=ReduceOp.MAX, group=tp_group)
-            exp_sum.mul_(torch.exp(maximum - global_maximum))
-            maximum = global_maximum
+            local_maximum = maximum.clone()
+            all_reduce(maximum, op=ReduceOp.MAX, group=tp_group)
+            local_exp_sum.mul_(torch.exp(local_maximum - maximum))
+        exp_sum = local_exp_sum
         target_logit = _select(logits, columns).sub_(maximum).masked_fill_(~here, 0.0)
         if size > 1:
-            packed = torch.stack((exp_sum, target_logit))
+            packed = torch.stack((local_exp_sum, target_logit))
             all_reduce(packed, op=ReduceOp.SUM, group=tp_group)
             exp_sum, target_logit = packed.unbind()
 
-        ctx.save_for_backward(logits, torch.where(here, columns, -1), maximum, exp_sum)
-        ctx.num_columns = num_columns
+        # The softmax over all ranks is the softmax of this rank's columns times this rank's share.
+        ctx.save_for_backward(logits, torch.where(here, columns, -1), local_exp_sum / exp_sum)
+        ctx.num_columns, ctx.is_split = num_columns, size > 1
         outside = (targets < 0) | (targets >= vocab_size)
         return (target_logit - exp_sum.log()).masked_fill_(outside, -torch.inf)
 
     @staticmethod
     def backward(ctx: _Context, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, columns, maximum, exp_sum = ctx.saved_tensors
+        logits, columns, share = ctx.saved_tensors
         num_columns = ctx.num_columns
         grad_logits = torch.empty_like(logits)
         grad_logits[:, num_columns:] = 0.0
-        scale = (-grad_output / exp_sum)[:, None]
+        scale = (-grad_output * share)[:, None]
+        no_share = (share == 0)[:, None]
         at_target = torch.where(columns >= 0, grad_output, 0.0)[:, None]
         columns = columns.clamp(min=0)[:, None]
         for rows in _row_chunks(logits[:, :num_columns]):
@@ -98,26 +101,36 @@ class _LogProb(torch.autograd.Function):
             # An fp32 gradient is built in its own memory, others in an fp32 chunk: g * (1 - p)
             # loses all its digits when it is rounded to bf16 before the subtraction.
             out = target if target.dtype == torch.float32 else None
-            chunk = torch.sub(logits[rows, :num_columns], maximum[rows, None], out=out)
-            chunk.exp_().mul_(scale[rows]).scatter_add_(
-                1, columns[rows], at_target[rows].to(chunk.dtype)
-            )
+            chunk = _softmax(logits[rows, :num_columns], out).mul_(scale[rows])
+            if ctx.is_split:
+                chunk.masked_fill_(no_share[rows], 0.0)  # the softmax of a row of -inf is NaN
+            chunk.scatter_add_(1, columns[rows], at_target[rows])
             if out is None:
                 target.copy_(chunk)
         return grad_logits, None, None, None
 
 
 def _max_and_exp_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row of [n, columns]: maximum m and sum exp(logits - m), fp32; (lowest, 0) if empty."""
+    """Per row of [n, columns]: maximum m and sum exp(logits - m), fp32.
+
+    (lowest, 0) where there are no columns or all hold -inf.
+    """
     maximum = torch.full(logits.shape[:1], _LOWEST, dtype=torch.float32, device=logits.device)
     exp_sum = torch.zeros_like(maximum)
     for rows in _row_chunks(logits):
         chunk = logits[rows]
-        # The clamp keeps a row of -inf from becoming inf - inf; it lets NaN through.
-        maximum[rows] = chunk.amax(dim=1).float().clamp_(min=_LOWEST)
-        exponentials = torch.sub(chunk, maximum[rows, None]).exp_()
-        exp_sum[rows] = exponentials.sum(dim=1, dtype=torch.float32)
+        chunk_maximum = chunk.amax(dim=1).float()
+        # The fused log-softmax beats separate passes; at the maximum it is -log of the sum.
+        log_sum = -torch.log_softmax(chunk, dim=1, dtype=torch.float32).amax(dim=1)
+        exp_sum[rows] = log_sum.exp_().masked_fill_(chunk_maximum == -torch.inf, 0.0)
+        maximum[rows] = chunk_maximum.clamp_(min=_LOWEST)
     return maximum, exp_sum
+
+
+def _softmax(logits: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        return torch.softmax(logits, dim=1, dtype=torch.float32)
+    return torch.softmax(logits, dim=1, dtype=torch.float32, out=out)
 
 
 def _select(logits: Tensor, columns: Tensor) -> Tensor:

@@ -54,6 +54,12 @@ class _RewritingLoader(importlib.machinery.SourceFileLoader):
         code = super().get_code(fullname)
         return None if code is None else _rewrite(code, fullname)
 
+    def exec_module(self, module: types.ModuleType) -> None:
+        super().exec_module(module)
+        if module.__name__ == "megatron.core.jit":
+            # torch.compile pays on GPUs; here it would cost seconds at import and need a compiler.
+            module.jit_fuser = lambda function: function
+
 
 class _MegatronFinder(importlib.abc.MetaPathFinder):
     def find_spec(

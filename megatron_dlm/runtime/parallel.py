@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_dlm.config.architecture import ParallelConfig
 from megatron_dlm.runtime.device import Device
+from megatron_dlm.runtime.errors import AgreedError
 
 T = TypeVar("T")
 
@@ -95,7 +96,7 @@ class ParallelContext:
             error = str(exception)
         message = self.first_error(error)
         if message is not None:
-            raise ValueError(message)
+            raise AgreedError(message)
 
 
 @contextlib.contextmanager

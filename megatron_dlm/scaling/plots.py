@@ -127,6 +127,8 @@ def _visible_range(curves: Sequence[Sequence[CurvePoint]]) -> tuple[float, float
 
 def _add_token_axis(axes: Axes, curves: Sequence[Sequence[CurvePoint]]) -> None:
     """Second x axis in training tokens, if one epoch is the same number of tokens in all runs."""
+    from matplotlib.ticker import EngFormatter
+
     lasts = [curve[-1] for curve in curves if curve[-1].epoch > 0]
     rates = [point.tokens / point.epoch for point in lasts]
     if not rates or max(rates) > 1.01 * min(rates):
@@ -140,3 +142,4 @@ def _add_token_axis(axes: Axes, curves: Sequence[Sequence[CurvePoint]]) -> None:
         ),
     )
     upper.set_xlabel("training tokens")
+    upper.xaxis.set_major_formatter(EngFormatter(sep=""))

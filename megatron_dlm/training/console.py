@@ -21,16 +21,17 @@ class ConsoleLog:
         self._total_steps = total_steps
         self._first_step = resume_step
         self._started = time.monotonic()
-        self._console = console or Console(file=sys.stdout, highlight=False)
+        self._console = console or Console(file=sys.stdout)
         self._validation = ""
         self._live: Progress | None = None
         if self._console.is_terminal:
             self._live = Progress(
                 TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+                BarColumn(bar_width=16),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                 TextColumn("{task.fields[status]}"),
                 console=self._console,
+                auto_refresh=False,  # a thread that redraws would take time from the training
             )
             self._task = self._live.add_task(
                 label, total=total_steps, completed=resume_step, status=""
@@ -43,13 +44,14 @@ class ConsoleLog:
             self.note(entry.line(self._total_steps) + left)
         elif entry.split == "train":
             self._live.update(self._task, completed=entry.step, status=self._status(entry))
+            self._live.refresh()
         else:
             self._validation = f"  {entry.split} {entry.values.get('nelbo', float('nan')):.3f}"
-            self._live.console.print(entry.line(self._total_steps), markup=False)
+            self.note(entry.line(self._total_steps))
 
     def note(self, message: str) -> None:
         # Not print(): the live bar must be moved out of the way. A line is never wrapped in a file.
-        self._console.print(message, markup=False, soft_wrap=True)
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
         self._console.file.flush()
 
     def close(self) -> None:
@@ -57,11 +59,14 @@ class ConsoleLog:
             self._live.stop()
 
     def _status(self, entry: LogEntry) -> str:
-        loss = entry.values.get("loss", float("nan"))
-        nelbo = entry.values.get("nelbo", loss)
+        values = [
+            f"{name} {entry.values[name]:.3f}" for name in ("nelbo", "loss") if name in entry.values
+        ]
+        if len(values) == 2 and entry.values["nelbo"] == entry.values["loss"]:
+            values.pop()
         speed = entry.values.get("tokens_per_second", float("nan"))
         return (
-            f"loss {loss:.3f}  nelbo {nelbo:.3f}{self._validation}  {speed:,.0f} tokens/s  "
+            f"{'  '.join(values)}{self._validation}  {speed:,.0f} tok/s  "
             f"left {self._time_left(entry.step)}"
         )
 

@@ -17,6 +17,7 @@ from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.data.loader import batches
 from megatron_dlm.ops.batch import TokenBatch
 from megatron_dlm.runtime.device import Device
+from megatron_dlm.runtime.errors import AgreedError
 from megatron_dlm.runtime.parallel import ParallelContext
 from megatron_dlm.runtime.seeding import seed_dropout
 from megatron_dlm.training.optimizer import set_learning_rate
@@ -71,7 +72,7 @@ def _loop(
                 seed_dropout(config.train.seed, step, run.training.parallel)
             grad_norm = train_step(run.training, run.optimizer, micro_batches)
             throughput.step_done()
-            _refuse_non_finite(grad_norm, step, sources)
+            _refuse_non_finite(grad_norm, step)
             is_last = step == sources.num_steps
             reason = None if is_last else stop.poll()
 
@@ -121,10 +122,10 @@ def _place(config: RunConfig, sources: Sources, step: int) -> dict[str, float]:
     }
 
 
-def _refuse_non_finite(grad_norm: float, step: int, sources: Sources) -> None:
+def _refuse_non_finite(grad_norm: float, step: int) -> None:
     """The norm is the same on all ranks, so all stop here; nothing broken is ever saved."""
     if not math.isfinite(grad_norm):
-        raise ValueError(
+        raise AgreedError(
             f"the gradient norm is {grad_norm} at step {step}; the newest checkpoint is untouched: "
             "start again from it with a lower optimizer.lr, more schedule.warmup_steps or "
             "train.precision fp32 in another train.output_dir"

@@ -2,21 +2,99 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 from rank_pool import RankPool
+from tiny_run import LAYOUTS, Layout, assemble, layout, model_config, run_layout
 
-from megatron_dlm.config.architecture import ObjectiveConfig
-from tests.distributed.tiny_run import LAYOUTS, Layout, assemble, layout, model_config, run_layout
+from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig
 
 OBJECTIVES = {
     "autoregressive": ObjectiveConfig(kind="autoregressive"),
     "input masking": ObjectiveConfig(kind="autoregressive", input_masking_ratio=0.3),
-    "masked elbo": ObjectiveConfig(kind="masked"),
-    "masked count": ObjectiveConfig(kind="masked", weighting="count"),
-    "masked maskgit": ObjectiveConfig(kind="masked", weighting="maskgit", schedule="cosine"),
+    "elbo": ObjectiveConfig(kind="masked"),
+    "count": ObjectiveConfig(kind="masked", weighting="count"),
+    "maskgit": ObjectiveConfig(kind="masked", weighting="maskgit", schedule="cosine"),
+}
+MODELS = {
+    "tied": model_config(),
+    "untied": model_config(untie_embeddings_and_output_weights=True, qk_layernorm=False),
+    "gelu, full recompute": model_config(activation="gelu", recompute_granularity="full"),
+    "squared relu, selective recompute": model_config(
+        activation="squared_relu", recompute_granularity="selective"
+    ),
 }
 NUM_STEPS = 3
+_references: dict[tuple[str, str], list[dict[str, Any]]] = {}
+
+
+def reference(ranks: RankPool, objective: str, model: str) -> list[dict[str, Any]]:
+    """The whole batch on one rank, computed once per session."""
+    key = (objective, model)
+    if key not in _references:
+        _references[key] = ranks.run(
+            run_layout, layout("one", 1, micro=4), OBJECTIVES[objective], MODELS[model], NUM_STEPS,
+            num_ranks=1,
+        )
+    return _references[key]
+
+
+def check_equal(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Noise and initial weights bit for bit, losses to 1e-6, gradients to 1e-5."""
+    noise = {index: row for result in ours for index, row in result["noise"].items()}
+    assert noise == theirs[0]["noise"]
+    initial, wanted = assemble(ours, "initial"), assemble(theirs, "initial")
+    assert initial.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_array_equal(initial[name], wanted[name], err_msg=name)
+    for result in ours:
+        for name, value in theirs[0]["first"].items():
+            assert result["first"][name] == pytest.approx(value, rel=1e-6), name
+        for step, entry in enumerate(theirs[0]["curve"]):
+            for name, value in entry.items():
+                tolerance = 1e-5 if name == "grad_norm" else 1e-6
+                got = result["curve"][step][name]
+                assert got == pytest.approx(value, rel=tolerance), f"step {step}: {name}"
+    gradients, wanted = assemble(ours, "gradients"), assemble(theirs, "gradients")
+    for name, values in wanted.items():
+        scale = np.abs(values).max()
+        assert scale > 0, f"{name} has no gradient"
+        np.testing.assert_allclose(gradients[name], values, rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+def run(ranks: RankPool, where: Layout, objective: str, model: ModelConfig) -> list[dict[str, Any]]:
+    return ranks.run(
+        run_layout, where, OBJECTIVES[objective], model, NUM_STEPS, num_ranks=where.num_ranks
+    )
+
+
+@pytest.mark.parametrize("objective", ["autoregressive", "elbo"])
+@pytest.mark.parametrize("where", LAYOUTS, ids=lambda where: where.name)
+def test_every_layout(ranks: RankPool, where: Layout, objective: str) -> None:
+    ours = run(ranks, where, objective, MODELS["tied"])
+    check_equal(ours, reference(ranks, objective, "tied"))
+
+
+@pytest.mark.parametrize("objective", ["input masking", "count", "maskgit"])
+def test_other_objectives_on_the_richest_layout(ranks: RankPool, objective: str) -> None:
+    where = next(where for where in LAYOUTS if where.name == "TP2 + SP x PP2 + VPP2")
+    ours = run(ranks, where, objective, MODELS["tied"])
+    check_equal(ours, reference(ranks, objective, "tied"))
+
+
+@pytest.mark.parametrize("model", ["untied", "gelu, full recompute", "squared relu, selective recompute"])
+@pytest.mark.parametrize("name", ["TP2 + SP", "TP2 x PP2"])
+def test_other_models(ranks: RankPool, name: str, model: str) -> None:
+    where = next(where for where in LAYOUTS if where.name == name)
+    ours = run(ranks, where, "elbo", MODELS[model])
+    check_equal(ours, reference(ranks, "elbo", model))
+
+
+def test_the_check_notices_a_wrong_gradient(ranks: RankPool) -> None:
+    one = reference(ranks, "elbo", "tied")
+    key, shape, offset, values = one[0]["gradients"][0]
+    wrong = {**one[0], "gradients": [(key, shape, offset, values * 1.0001), *one[0]["gradients"][1:]]}
+    with pytest.raises(AssertionError, match="tolerance"):
+        check_equal([wrong], one)

@@ -114,8 +114,10 @@ def run_layout(
         initial = _shards(chunks, parallel, gradients=False)
         wrapped = wrap_data_parallel(chunks, where.parallel, parallel)
         overlapped = where.parallel.overlap_param_gather
+        # Adam's first updates have the size of lr even where a gradient is only rounding noise, so a
+        # large lr would blow rounding differences up.
         optimizer = build_optimizer(
-            wrapped, OptimizerConfig(lr=1e-2), overlap_param_gather=overlapped
+            wrapped, OptimizerConfig(lr=1e-3), overlap_param_gather=overlapped
         )
         built = build_objective(
             objective,

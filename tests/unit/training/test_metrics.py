@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from megatron_dlm.training.metrics import Metrics
 
@@ -60,23 +57,19 @@ def test_pending_changes_nothing_and_restores():
     assert metrics.reduce() == resumed.reduce()
 
 
-def _rank_totals(rank: int, directory: str) -> None:
-    store = dist.FileStore(f"{directory}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def _totals_of_rank() -> list[dict]:
+    rank = dist.get_rank()
     metrics = Metrics(["loss", "nelbo"], "cpu")
     metrics.add({"loss": term(1.0 + rank, 1)})
     if rank == 1:
         metrics.add({"nelbo": term(5.0, 2)})
     pending = metrics.pending()
     metrics.restore(pending, owner=rank == 0)  # what a resumed run does
-    torch.save([pending, metrics.reduce(), metrics.reduce()], f"{directory}/{rank}")
-    dist.destroy_process_group()
+    return [pending, metrics.reduce(), metrics.reduce()]
 
 
-def test_all_ranks_get_the_mean_over_all_ranks(tmp_path: Path):
-    mp.spawn(_rank_totals, args=(str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        pending, first, second = torch.load(tmp_path / str(rank))
+def test_all_ranks_get_the_mean_over_all_ranks(ranks):
+    for pending, first, second in ranks.run(_totals_of_rank, num_ranks=2):
         assert pending == {"loss": [3.0, 2.0], "nelbo": [5.0, 2.0]}
         assert first == {"loss": 1.5, "nelbo": 2.5}
         assert second == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_decay_ends_at_the_minimum(kind, halfway):
     curve = rates(kind=kind)
     assert curve[-1] == pytest.approx(MINIMUM)
     assert curve[549] == pytest.approx(halfway)  # step 550 is halfway from 100 to 1000
-    assert all(later < earlier for earlier, later in zip(curve[99:], curve[100:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(curve[99:]))
 
 
 def test_cosine_quarter_point():
@@ -51,7 +52,7 @@ def test_wsd_is_flat_then_falls_to_the_minimum_without_a_jump(decay_kind):
     curve = rates(kind="wsd", decay_kind=decay_kind, decay_fraction=0.2)
     assert set(curve[WARMUP - 1 : 800]) == {PEAK}
     tail = curve[799:]
-    assert all(later < earlier for earlier, later in zip(tail, tail[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(tail))
     assert tail[-1] == pytest.approx(MINIMUM)
     # Continuous where the decay starts: the steepest start, 1 - sqrt(r), falls by sqrt(1 / 200).
     assert tail[0] - tail[1] <= (PEAK - MINIMUM) * math.sqrt(1 / 200) * (1 + 1e-9)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from megatron_dlm.training import signals
 from megatron_dlm.training.signals import STOP_SIGNALS, StopRequest
@@ -51,9 +49,8 @@ def test_an_interrupt_that_torchrun_passes_on_is_the_same_interrupt():
         assert stop.poll() == "SIGINT"
 
 
-def _run_until_stopped(rank: int, directory: str) -> None:
-    store = dist.FileStore(f"{directory}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def _run_until_stopped() -> tuple[int, str | None]:
+    rank = dist.get_rank()
     with StopRequest(dist.group.WORLD) as stop:
         for step in range(1, 100):
             if rank == 1 and step == 5:
@@ -61,12 +58,10 @@ def _run_until_stopped(rank: int, directory: str) -> None:
             time.sleep(0.002 * rank)  # ranks are never quite together
             reason = stop.poll()
             if reason is not None:
-                break
-    Path(directory, str(rank)).write_text(f"{step} {reason}")
-    dist.destroy_process_group()
+                return step, reason
+    return 100, None
 
 
-def test_all_ranks_stop_after_the_same_step(tmp_path):
-    mp.spawn(_run_until_stopped, args=(str(tmp_path),), nprocs=2)
+def test_all_ranks_stop_after_the_same_step(ranks):
     # Sent by one rank during step 5, voted on at its end, known to all at the end of step 6.
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["6 SIGTERM"] * 2
+    assert ranks.run(_run_until_stopped, num_ranks=2) == [(6, "SIGTERM")] * 2

@@ -1,0 +1,7 @@
+"""Errors that all ranks agreed on."""
+
+from __future__ import annotations
+
+
+class AgreedError(ValueError):
+    """A user error that every rank raises with the same message, so one of them may speak for all."""
