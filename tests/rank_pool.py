@@ -36,7 +36,11 @@ class RankPool:
         self._directory.cleanup()
 
     def run(
-        self, function: Callable[..., Any], *arguments: Any, num_ranks: int, timeout: float = TIMEOUT_SECONDS
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        num_ranks: int,
+        timeout: float = TIMEOUT_SECONDS,
     ) -> list[Any]:
         """Results of all ranks, by rank."""
         self._start(num_ranks)

@@ -1,8 +1,8 @@
 """Nothing foreign is unpickled when a checkpoint is read.
 
-PyTorch reads a distributed checkpoint's `.metadata` with a plain unpickler and its byte objects with
-weights_only=False: a hostile file could run code. Inside `safe_loading` only the names that such
-files really hold are accepted. Remove it when PyTorch offers the same.
+PyTorch reads a distributed checkpoint's `.metadata` with a plain unpickler and its byte objects
+with weights_only=False: a hostile file could run code. Inside `safe_loading` only the names that
+such files really hold are accepted. Remove it when PyTorch offers the same.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import pickle
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.distributed.checkpoint import default_planner, filesystem
 
-_DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+_DTYPES = (
+    *("float64", "float32", "float16", "bfloat16"),
+    *("int64", "int32", "int16", "int8", "uint8", "bool"),
+)
 _ALLOWED = {
     "collections": {"OrderedDict"},
     "torch": {"Size", *_DTYPES},
@@ -61,13 +65,12 @@ def _load_weights_only(file: io.BytesIO, **options: Any) -> Any:
 @contextlib.contextmanager
 def safe_loading() -> Iterator[None]:
     """Replace the two unsafe readers of torch.distributed.checkpoint for the time of one load."""
-    plain_pickle, plain_torch = filesystem.pickle, default_planner.torch
-    filesystem.pickle = SimpleNamespace(load=_load_metadata, dump=pickle.dump)
-    default_planner.torch = _TorchWithSafeLoad()
-    try:
+    safe_pickle = SimpleNamespace(load=_load_metadata, dump=pickle.dump)
+    with (
+        mock.patch.object(filesystem, "pickle", safe_pickle),
+        mock.patch.object(default_planner, "torch", _TorchWithSafeLoad()),
+    ):
         yield
-    finally:
-        filesystem.pickle, default_planner.torch = plain_pickle, plain_torch
 
 
 class _TorchWithSafeLoad:

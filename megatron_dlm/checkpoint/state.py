@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_dlm.models.build import sharding_metadata
+from megatron_dlm.models.build import LanguageModel, sharding_metadata
 from megatron_dlm.runtime.parallel import ParallelContext
 
 
@@ -25,15 +24,19 @@ class TrainState:
     """name -> [sum, count] of metrics not yet logged when the checkpoint was taken."""
 
 
-def model_state(
-    chunks: Sequence[DistributedDataParallel], parallel: ParallelContext
-) -> dict[str, Any]:
+def model_state(models: Sequence[LanguageModel], parallel: ParallelContext) -> dict[str, Any]:
     """Sharded state of all model chunks; the keys inside name layers globally."""
     metadata = sharding_metadata(parallel)
     return {
-        f"model{number}": chunk.module.sharded_state_dict(metadata=metadata)
-        for number, chunk in enumerate(chunks)
+        f"model{number}": model.sharded_state_dict(metadata=metadata)
+        for number, model in enumerate(models)
     }
+
+
+def restore_model(models: Sequence[LanguageModel], loaded: Mapping[str, Any]) -> None:
+    """Copy loaded weights into all model chunks."""
+    for number, model in enumerate(models):
+        model.load_state_dict(loaded[f"model{number}"])
 
 
 def optimizer_state(
@@ -58,9 +61,7 @@ def optimizer_state(
 
 
 @torch.no_grad()
-def restore_optimizer(
-    optimizer: MegatronOptimizer, loaded: Mapping[str, Any], step: int
-) -> None:
+def restore_optimizer(optimizer: MegatronOptimizer, loaded: Mapping[str, Any], step: int) -> None:
     """Copy loaded tensors into this rank's shards and set Adam's step.
 
     torch.optim.AdamW keeps `step` per parameter, which Megatron Core would fill with one shared

@@ -1,7 +1,7 @@
 """Saves and loads checkpoints with Megatron's dist_checkpointing, on any parallel layout.
 
 A checkpoint is written under a temporary name and renamed when every rank has finished;
-`latest_checkpointed_iteration.txt` follows last, so a killed save is never mistaken for a whole one.
+`latest_checkpointed_iteration.txt` follows last, so a killed save is never mistaken for whole.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ from megatron_dlm.checkpoint.state import (
     TrainState,
     model_state,
     optimizer_state,
+    restore_model,
     restore_optimizer,
 )
 from megatron_dlm.config.schema import CheckpointConfig
+from megatron_dlm.models.build import LanguageModel
 from megatron_dlm.runtime.parallel import ParallelContext
 
 FORMAT = 1
@@ -47,6 +49,11 @@ class Checkpointed:
     chunks: Sequence[DistributedDataParallel]
     optimizer: MegatronOptimizer
     parallel: ParallelContext
+
+    @property
+    def models(self) -> list[LanguageModel]:
+        """The chunks without their data-parallel wrapper."""
+        return [chunk.module for chunk in self.chunks]
 
 
 class CheckpointStore:
@@ -74,7 +81,7 @@ class CheckpointStore:
         """
         self.wait()
         parallel = self._subject.parallel
-        model = model_state(self._subject.chunks, parallel)
+        model = model_state(self._subject.models, parallel)
         optimizer = optimizer_state(self._subject.optimizer, model, parallel, is_loading=False)
         target = self._root / retention.directory_name(state.step)
         unfinished = target.with_name(target.name + retention.UNFINISHED_SUFFIX)
@@ -93,7 +100,7 @@ class CheckpointStore:
             self._queue.schedule_async_request(request)
 
     def finish_if_written(self) -> None:
-        """Publish an asynchronous save whose writers are done. Collective while one is under way."""
+        """Publish an asynchronous save if it is written. Collective while one is under way."""
         if self._queue is not None and self._queue.get_num_unfinalized_calls():
             self._queue.maybe_finalize_async_calls(blocking=False)
 
@@ -144,20 +151,20 @@ def _use_forked_result_queue() -> None:
 
 def load(checkpoint: Checkpoint, subject: Checkpointed) -> TrainState:
     """Restore weights, moments and counters from a checkpoint of any layout. Collective."""
-    model = model_state(subject.chunks, subject.parallel)
+    model = model_state(subject.models, subject.parallel)
     optimizer = optimizer_state(subject.optimizer, model, subject.parallel, is_loading=True)
     loaded = _read(checkpoint.path, {**model, **optimizer}, subject.parallel)
-    _restore_model(subject.chunks, loaded)
+    restore_model(subject.models, loaded)
     state = TrainState(**loaded["train_state"])
     restore_optimizer(subject.optimizer, loaded, state.step)
     return state
 
 
 def load_weights(
-    checkpoint: Checkpoint, chunks: Sequence[Any], parallel: ParallelContext
+    checkpoint: Checkpoint, models: Sequence[LanguageModel], parallel: ParallelContext
 ) -> None:
     """Restore only the weights (for generation and evaluation). Collective."""
-    _restore_model(chunks, _read(checkpoint.path, model_state(chunks, parallel), parallel))
+    restore_model(models, _read(checkpoint.path, model_state(models, parallel), parallel))
 
 
 def check_description(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
@@ -181,8 +188,3 @@ def _read(path: Path, sharded: dict[str, Any], parallel: ParallelContext) -> dic
         strategy = FullyParallelLoadStrategyWrapper(strategy, parallel.groups.dp_cp)
     with safe_loading():
         return dist_checkpointing.load(sharded, str(path), sharded_strategy=strategy)
-
-
-def _restore_model(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
-    for number, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(loaded[f"model{number}"])

@@ -192,7 +192,7 @@ def _memory_of_stage(
 ) -> MemoryEstimate:
     tensor_size = parallel.tensor_model_parallel_size
     element_bytes = 2 if batch.precision == "bf16" else 4
-    parameters = _stage_parameters(model, parallel, is_first=is_first, is_last=is_last)
+    parameters = stage_parameters(model, parallel, is_first=is_first, is_last=is_last)
     moments_bytes = 12 if batch.precision == "bf16" else 8
     tokens = batch.micro_batch_size * model.seq_length / parallel.context_parallel_size
     layers = model.num_layers / parallel.pipeline_model_parallel_size
@@ -213,9 +213,10 @@ def _memory_of_stage(
     )
 
 
-def _stage_parameters(
+def stage_parameters(
     model: ModelConfig, parallel: ParallelConfig, *, is_first: bool, is_last: bool
 ) -> float:
+    """Numbers that one rank of a pipeline stage holds."""
     tensor_size = parallel.tensor_model_parallel_size
     layers = model.num_layers / parallel.pipeline_model_parallel_size
     parameters = layers * (layer_matrices(model) / tensor_size + layer_norms(model))

@@ -47,13 +47,16 @@ class ScaledDotProductAttention(MegatronModule):
         """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]."""
         assert attention_mask is None, "the pattern is fixed by the layer spec"
         dropout = self.dropout_probability if self.training else 0.0
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
         with self._dropout_state(dropout):
-            output = scaled_dot_product_attention(
-                *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),  # [b, heads, s, d]
+            output = scaled_dot_product_attention(  # all [b, heads, s, d]
+                query,
+                key,
+                value,
                 dropout_p=dropout,
                 is_causal=self.is_causal,
                 scale=self.softmax_scale,
-                enable_gqa=query.shape[2] != key.shape[2],
+                enable_gqa=query.shape[1] != key.shape[1],
             )
         return output.permute(2, 0, 1, 3).flatten(2)
 

@@ -31,9 +31,10 @@ def block_spec(
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(
-            qk_layernorm=config.qk_layernorm
-        ), TENorm
+        layer, norm = (
+            get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm),
+            TENorm,
+        )
     else:
         layer, norm = _local_layer(config), RMSNorm
     layer.submodules.self_attention.params["attn_mask_type"] = _MASK_TYPES[attention]

@@ -1,10 +1,10 @@
-"""Makes the pip package megatron-core train on CPU with gloo; applied only when the device is CPU.
+"""Makes the pip package megatron-core train on CPU with gloo; applied on CPU only.
 
-Megatron Core 0.16.1 writes "cuda" as a constant in many places and asks torch.cuda for the current
-device and the random state. Three remedies, each as small as its cause: constants are rewritten when
-its modules are compiled, six names of torch.cuda answer for the CPU, and the random-state tracker
-forks the CPU generator. tests/policy/test_megatron_surface.py makes
-an upgrade of Megatron Core fail loudly.
+Megatron Core 0.16.1 writes "cuda" as a constant in many places and asks torch.cuda for the
+current device and the random state. Three remedies, each as small as its cause: constants are
+rewritten when its modules are loaded, six names of torch.cuda answer for the CPU, and the
+random-state tracker forks the CPU generator. tests/policy/test_megatron_surface.py makes an upgrade
+of Megatron Core fail loudly.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _RewritingLoader(importlib.machinery.SourceFileLoader):
         super().exec_module(module)
         if module.__name__ == "megatron.core.jit":
             # torch.compile pays on GPUs; here it would cost seconds at import and need a compiler.
-            module.jit_fuser = lambda function: function
+            setattr(module, "jit_fuser", lambda function: function)  # noqa: B010
 
 
 class _MegatronFinder(importlib.abc.MetaPathFinder):
@@ -90,31 +90,35 @@ def _replace(constant: Any, module: str) -> Any:
 
 def _silence_warnings_about_cuda() -> None:
     """Megatron Core warns at import that GPU libraries are missing; on CPU that is no news."""
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"megatron\.core")
+    for category in (UserWarning, DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def _answer_for_cuda() -> None:
     cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.Stream = torch.cpu.Stream
-    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-    # On a CPU build manual_seed silently does nothing, which would leave all trackers unseeded.
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    answers: dict[str, Any] = {
+        "current_device": lambda: cpu,
+        "synchronize": lambda device=None: None,
+        "Stream": torch.cpu.Stream,
+        "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+        "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
+        # On a CPU build it silently does nothing, which would leave all trackers unseeded.
+        "manual_seed": torch.manual_seed,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)  # noqa: B010
 
 
 def _adapt_random_state() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
-    megatron_random._get_cuda_rng_state = (
-        lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
     )
-    megatron_random._set_cuda_rng_state = (
-        lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    megatron_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: (
+        torch.set_rng_state(new_state)
     )
     megatron_random.CudaRNGStatesTracker.fork = _fork
 
@@ -141,7 +145,7 @@ def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """Stop glibc from returning large blocks to the kernel after every use (page faults cost more)."""
+    """Let glibc reuse large blocks: returning them to the kernel costs page faults every step."""
     if sys.platform.startswith("linux"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:

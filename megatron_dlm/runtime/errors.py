@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class AgreedError(ValueError):
-    """A user error that every rank raises with the same message, so one of them may speak for all."""
+    """A user error that every rank raises with the same message; one may speak for all."""

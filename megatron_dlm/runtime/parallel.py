@@ -88,7 +88,7 @@ class ParallelContext:
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
-        """If the body raises a user error on any rank, every rank raises it: nobody is left waiting."""
+        """A user error in the body on any rank is raised on all of them: nobody waits for ever."""
         error: str | None = None
         try:
             yield
@@ -120,9 +120,7 @@ def _rendezvous() -> dict[str, Any]:
     if num_tasks == 1:
         return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     missing = [
-        name
-        for name in ("SLURM_PROCID", "MASTER_ADDR", "MASTER_PORT")
-        if name not in environment
+        name for name in ("SLURM_PROCID", "MASTER_ADDR", "MASTER_PORT") if name not in environment
     ]
     if missing:
         raise ValueError(

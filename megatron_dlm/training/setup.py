@@ -69,9 +69,7 @@ class Run:
     start: TrainState
 
 
-def open_sources(
-    config: RunConfig, directory: RunDirectory, parallel: ParallelContext
-) -> Sources:
+def open_sources(config: RunConfig, directory: RunDirectory, parallel: ParallelContext) -> Sources:
     """Open shards on every rank and the run directory on rank 0; all ranks fail together."""
     valid_corpus = checkpoint = None
     messages: list[str] = []

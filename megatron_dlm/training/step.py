@@ -35,7 +35,7 @@ class Pass:
 
 
 def train_step(setup: Pass, optimizer: MegatronOptimizer, micro_batches: list[TokenBatch]) -> float:
-    """Forward, backward and update on one global batch; returns the gradient norm before clipping."""
+    """One update on one global batch; returns the gradient norm before clipping."""
     for chunk in setup.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()

@@ -7,7 +7,7 @@ batches -> train_step -> log -> validate -> save, until the last step or a stop 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict
 
@@ -78,11 +78,11 @@ def _loop(
 
             place = _place(config, sources, step)
             if is_last or step % config.logging.interval_steps == 0:
-                speed = throughput.report()
-                losses = run.training.metrics.reduce()
-                log.log(step, "train", {**losses, "grad_norm": grad_norm, "lr": rate, **place, **speed})
+                losses = {**run.training.metrics.reduce(), "grad_norm": grad_norm, "lr": rate}
+                log.log(step, "train", {**losses, **place, **throughput.report()})
             if run.validation and (is_last or step % config.validation.interval_steps == 0):
-                log.log(step, "valid", {**validate(run.validation, run.validation_batches), **place})
+                losses = validate(run.validation, run.validation_batches)
+                log.log(step, "valid", {**losses, **place})
             run.store.finish_if_written()
             if is_last or reason or step % config.checkpoint.interval_steps == 0:
                 run.store.save(TrainState(step, run.training.metrics.pending()))
@@ -91,7 +91,9 @@ def _loop(
     return None
 
 
-def _steps(config: RunConfig, sources: Sources, run: Run) -> Iterator[list[TokenBatch]]:
+def _steps(
+    config: RunConfig, sources: Sources, run: Run
+) -> Generator[list[TokenBatch], None, None]:
     """This rank's micro-batches of every step still to come."""
     parallel, objective = run.training.parallel, run.training.objective
     micro_batches_of_steps = batches(
@@ -123,7 +125,7 @@ def _place(config: RunConfig, sources: Sources, step: int) -> dict[str, float]:
 
 
 def _refuse_non_finite(grad_norm: float, step: int) -> None:
-    """The norm is the same on all ranks, so all stop here; nothing broken is ever saved."""
+    """The norm is the same on all ranks, so all stop here; nothing broken is saved."""
     if not math.isfinite(grad_norm):
         raise AgreedError(
             f"the gradient norm is {grad_norm} at step {step}; the newest checkpoint is untouched: "

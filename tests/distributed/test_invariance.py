@@ -35,7 +35,11 @@ def reference(ranks: RankPool, objective: str, model: str) -> list[dict[str, Any
     key = (objective, model)
     if key not in _references:
         _references[key] = ranks.run(
-            run_layout, layout("one", 1, micro=4), OBJECTIVES[objective], MODELS[model], NUM_STEPS,
+            run_layout,
+            layout("one", 1, micro=4),
+            OBJECTIVES[objective],
+            MODELS[model],
+            NUM_STEPS,
             num_ranks=1,
         )
     return _references[key]
@@ -84,7 +88,9 @@ def test_other_objectives_on_the_richest_layout(ranks: RankPool, objective: str)
     check_equal(ours, reference(ranks, objective, "tied"))
 
 
-@pytest.mark.parametrize("model", ["untied", "gelu, full recompute", "squared relu, selective recompute"])
+@pytest.mark.parametrize(
+    "model", ["untied", "gelu, full recompute", "squared relu, selective recompute"]
+)
 @pytest.mark.parametrize("name", ["TP2 + SP", "TP2 x PP2"])
 def test_other_models(ranks: RankPool, name: str, model: str) -> None:
     where = next(where for where in LAYOUTS if where.name == name)
@@ -95,6 +101,9 @@ def test_other_models(ranks: RankPool, name: str, model: str) -> None:
 def test_the_check_notices_a_wrong_gradient(ranks: RankPool) -> None:
     one = reference(ranks, "elbo", "tied")
     key, shape, offset, values = one[0]["gradients"][0]
-    wrong = {**one[0], "gradients": [(key, shape, offset, values * 1.0001), *one[0]["gradients"][1:]]}
+    wrong = {
+        **one[0],
+        "gradients": [(key, shape, offset, values * 1.0001), *one[0]["gradients"][1:]],
+    }
     with pytest.raises(AssertionError, match="tolerance"):
         check_equal([wrong], one)

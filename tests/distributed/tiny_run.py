@@ -114,8 +114,8 @@ def run_layout(
         initial = _shards(chunks, parallel, gradients=False)
         wrapped = wrap_data_parallel(chunks, where.parallel, parallel)
         overlapped = where.parallel.overlap_param_gather
-        # Adam's first updates have the size of lr even where a gradient is only rounding noise, so a
-        # large lr would blow rounding differences up.
+        # Adam's first updates have the size of lr even where a gradient is only rounding noise:
+        # a large lr would blow rounding differences up.
         optimizer = build_optimizer(
             wrapped, OptimizerConfig(lr=1e-3), overlap_param_gather=overlapped
         )
@@ -195,7 +195,9 @@ def _shards(
             parts = item.build() if isinstance(item, ShardedTensorFactory) else [item]
             for part in parts:
                 values = part.data.detach().numpy().copy()
-                found.append((part.key, tuple(part.global_shape), tuple(part.global_offset), values))
+                found.append(
+                    (part.key, tuple(part.global_shape), tuple(part.global_offset), values)
+                )
     return found
 
 

@@ -1,0 +1,90 @@
+"""Every YAML file that we ship is a run that could start."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from sources import PACKAGE, ROOT
+
+from megatron_dlm.config.derive import resolve
+from megatron_dlm.config.parse import dump, parse
+from megatron_dlm.config.schema import RunConfig
+from megatron_dlm.config.validate import check
+from megatron_dlm.models.transformer_config import transformer_config
+from megatron_dlm.runtime.device import open_device
+
+EXAMPLES = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+PRESETS = sorted((PACKAGE / "config" / "presets").glob("*.yaml"))
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    metadata = {
+        "kind": "sentencepiece", "vocab_size": 2048, "pad_id": 0, "bos_id": 1, "eod_id": 2,
+        "mask_id": 3, "special_ids": [0, 1, 2, 3], "sha256": "0" * 64, "bytes_per_token": 3.0,
+    }  # fmt: skip
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+    return str(tmp_path)
+
+
+def read(path: Path, tokenizer: str, *flags: str) -> RunConfig:
+    """The file with the tokenizer of a test in place of one that a user makes."""
+    config = parse(RunConfig, ["--config", str(path), *flags], prog="x")
+    if config.data.tokenizer is not None:
+        data = dataclasses.replace(config.data, tokenizer=tokenizer)
+        config = dataclasses.replace(config, data=data)
+    return config
+
+
+def test_there_are_examples_and_presets() -> None:
+    assert {path.stem for path in EXAMPLES} >= {
+        "tiny_ar", "tiny_masked", "sdl_1b96e_ar", "sdl_1b96e_masked",
+    }  # fmt: skip
+    assert {path.stem for path in PRESETS} >= {"sdl_1b", "coder_1b7", "tiny"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_can_start(path: Path, tokenizer: str, tmp_path: Path) -> None:
+    config = read(path, tokenizer)
+    check(resolve(config), config.parallel.model_parallel_size)
+    transformer_config(  # checks model.megatron against Megatron's own fields
+        config.model, config.parallel, precision=config.train.precision, device=open_device("cpu")
+    )
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(dump(config))
+    assert parse(RunConfig, ["--config", str(dumped)], prog="x") == config
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_preset_needs_only_data_and_length(path: Path, tokenizer: str) -> None:
+    flags = ["--data.train", "{a: 1}", "--train.steps", "100000", "--data.tokenizer", tokenizer]
+    check(resolve(read(path, tokenizer, *flags)), 1)
+
+
+@pytest.mark.parametrize("name", ["tiny_ar", "tiny_masked"])
+@pytest.mark.parametrize("virtual", ["null", "2"])
+def test_tiny_examples_fit_four_ranks(name: str, virtual: str, tokenizer: str) -> None:
+    path = ROOT / "examples" / "configs" / f"{name}.yaml"
+    prefix = "--parallel."
+    flags = [f"{prefix}tensor_model_parallel_size=2", f"{prefix}pipeline_model_parallel_size=2"]
+    flags += [f"{prefix}virtual_pipeline_model_parallel_size={virtual}"]
+    check(resolve(read(path, tokenizer, *flags, f"{prefix}sequence_parallel=true")), 4)
+
+
+@pytest.mark.parametrize(
+    ("autoregressive", "masked"), [("tiny_ar", "tiny_masked"), ("sdl_1b96e_ar", "sdl_1b96e_masked")]
+)
+def test_twins_differ_in_the_objective_only(
+    autoregressive: str, masked: str, tokenizer: str
+) -> None:
+    left, right = (
+        read(ROOT / "examples" / "configs" / f"{name}.yaml", tokenizer)
+        for name in (autoregressive, masked)
+    )
+    assert (left.objective.kind, right.objective.kind) == ("autoregressive", "masked")
+    train = dataclasses.replace(right.train, output_dir=left.train.output_dir)
+    assert dataclasses.replace(right, objective=left.objective, train=train) == left
+    assert right.train.output_dir != left.train.output_dir

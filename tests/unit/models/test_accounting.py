@@ -1,0 +1,259 @@
+"""Parameters, FLOPs and memory against published sizes, built models and counting by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from rank_pool import RankPool
+
+from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_dlm.config.parse import parse
+from megatron_dlm.config.schema import RunConfig
+from megatron_dlm.models.accounting import (
+    BatchLayout,
+    activation_bytes_per_token,
+    count_parameters,
+    forward_flops_per_token,
+    mean_scored_share,
+    memory_per_rank,
+    stage_parameters,
+    training_flops_per_token,
+)
+
+TINY = ModelConfig(
+    num_layers=4, hidden_size=32, num_attention_heads=4, num_query_groups=2, seq_length=16,
+    vocab_size=77, make_vocab_size_divisible_by=64,
+)  # fmt: skip
+AUTOREGRESSIVE = ObjectiveConfig(kind="autoregressive")
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "non_embedding"),
+    [("sdl_1b", 1.086e9, 0.996e9), ("coder_1b7", 1.733e9, 1.527e9)],
+)
+def test_published_sizes(preset: str, total: float, non_embedding: float) -> None:
+    config = parse(RunConfig, ["--config", f"preset:{preset}"], prog="x")
+    count = count_parameters(config.model)
+    assert count.total == pytest.approx(total, abs=0.5e6)
+    assert count.non_embedding == pytest.approx(non_embedding, abs=0.5e6)
+
+
+def local_parameters(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Runs inside a rank: numbers that this rank really holds."""
+    from megatron_dlm.config.architecture import AttentionPattern
+    from megatron_dlm.models.build import build_model
+    from megatron_dlm.runtime.device import open_device
+    from megatron_dlm.runtime.parallel import laid_out
+    from megatron_dlm.runtime.seeding import seed_dropout
+
+    with laid_out(parallel) as context:
+        seed_dropout(0, 0, context)
+        chunks = build_model(
+            model,
+            parallel,
+            AttentionPattern.BIDIRECTIONAL,
+            precision="fp32",
+            seed=0,
+            device=open_device("cpu"),
+            parallel=context,
+        )
+        return sum(weight.numel() for chunk in chunks for weight in chunk.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"untie_embeddings_and_output_weights": True},
+        {"activation": "gelu", "qk_layernorm": False},
+        {"num_query_groups": None, "ffn_hidden_size": 48, "activation": "squared_relu"},
+    ],
+    ids=["tied", "untied", "gelu", "squared_relu"],
+)
+def test_count_equals_the_built_model(changes: dict[str, Any], ranks: RankPool) -> None:
+    model = dataclasses.replace(TINY, **changes)
+    (built,) = ranks.run(local_parameters, model, ParallelConfig(), num_ranks=1)
+    assert count_parameters(model).total == built
+    assert stage_parameters(model, ParallelConfig(), is_first=True, is_last=True) == built
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_share_of_a_rank_equals_the_built_stages(untied: bool, ranks: RankPool) -> None:
+    model = dataclasses.replace(TINY, untie_embeddings_and_output_weights=untied)
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    built = ranks.run(local_parameters, model, parallel, num_ranks=4)
+    first = stage_parameters(model, parallel, is_first=True, is_last=False)
+    last = stage_parameters(model, parallel, is_first=False, is_last=True)
+    assert built == [first, first, last, last]
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_layer_flops_equal_the_matrix_products_of_a_layer(activation: Any) -> None:
+    """Two FLOPs per multiply-add of every product that a plain layer makes, counted by torch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = dataclasses.replace(TINY, activation=activation, num_layers=1)
+    width, length, heads = model.hidden_size, model.seq_length, model.num_attention_heads
+    key_width, inner = model.query_groups * model.head_size, model.ffn_size
+    hidden = torch.randn(length, width)
+    with FlopCounterMode(display=False) as counter:
+        qkv = hidden @ torch.randn(width, width + 2 * key_width)
+        query = qkv[:, :width].reshape(length, heads, -1).transpose(0, 1)
+        scores = query @ torch.randn(heads, model.head_size, length)
+        mixed = scores @ torch.randn(heads, length, model.head_size)
+        hidden = mixed.transpose(0, 1).reshape(length, width) @ torch.randn(width, width)
+        up = hidden @ torch.randn(width, 2 * inner if activation == "swiglu" else inner)
+        hidden = up[:, :inner] @ torch.randn(inner, width)
+        _ = hidden[: length // 2] @ torch.randn(width, model.padded_vocab_size)
+    flops = forward_flops_per_token(model, ObjectiveConfig())
+    assert flops.total * length == counter.get_total_flops()
+
+
+def test_bidirectional_attention_is_twice_the_causal() -> None:
+    model = dataclasses.replace(TINY, seq_length=4096)
+    causal = forward_flops_per_token(model, AUTOREGRESSIVE).attention
+    both_ways = forward_flops_per_token(model, ObjectiveConfig()).attention
+    # Exactly the number of visible (query, key) pairs: S^2 against S (S + 1) / 2.
+    assert both_ways / causal == pytest.approx(4096**2 / (4096 * 4097 / 2), rel=1e-12)
+
+
+def test_training_is_three_forward_passes_and_close_to_6n() -> None:
+    config = parse(RunConfig, ["--config", "preset:sdl_1b"], prog="x")
+    short = dataclasses.replace(config.model, seq_length=1)
+    training = training_flops_per_token(short, AUTOREGRESSIVE)
+    forward = forward_flops_per_token(short, AUTOREGRESSIVE)
+    assert training.total == pytest.approx(3 * forward.total)
+    # Without attention, and with a tied table that is multiplied once, only the norms differ.
+    assert training.total == pytest.approx(6 * count_parameters(short).total, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "exponent"), [("linear", 2.0), ("cosine", 2.0), ("polynomial", 3.0)]
+)
+def test_scored_share_is_the_mean_mask_rate(schedule: Any, exponent: float) -> None:
+    from megatron_dlm.objectives.schedules import build_schedule
+
+    objective = ObjectiveConfig(schedule=schedule, schedule_exponent=exponent)
+    midpoints = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    expected = build_schedule(schedule, exponent).mask_rate(midpoints).mean().item()
+    assert mean_scored_share(objective) == pytest.approx(expected, abs=1e-7)
+
+
+def test_every_slot_is_scored_without_noise() -> None:
+    assert mean_scored_share(AUTOREGRESSIVE) == 1.0
+
+
+ALONE = BatchLayout(micro_batch_size=2, num_micro_batches=8, data_parallel_size=1, precision="bf16")
+
+
+def test_memory_of_one_rank_is_eighteen_bytes_per_parameter() -> None:
+    memory = memory_per_rank(TINY, ParallelConfig(), ObjectiveConfig(), ALONE)
+    parameters = count_parameters(TINY).total
+    # bf16 weight 2, fp32 gradient 4, main copy 4, two moments 8.
+    assert memory.weights + memory.gradients + memory.optimizer == 18 * parameters
+    in_fp32 = dataclasses.replace(ALONE, precision="fp32")
+    memory = memory_per_rank(TINY, ParallelConfig(), ObjectiveConfig(), in_fp32)
+    assert memory.weights + memory.gradients + memory.optimizer == 16 * parameters
+
+
+def test_only_the_optimizer_shrinks_with_data_parallel_ranks() -> None:
+    one = memory_per_rank(TINY, ParallelConfig(), ObjectiveConfig(), ALONE)
+    eight = memory_per_rank(
+        TINY, ParallelConfig(), ObjectiveConfig(), dataclasses.replace(ALONE, data_parallel_size=8)
+    )
+    assert eight.optimizer == one.optimizer / 8
+    assert dataclasses.replace(eight, optimizer=one.optimizer) == one
+
+
+def test_activations_by_hand() -> None:
+    # h = a = 32, k = 16, f = 128 (8/3 * 32 rounded up to 64): elements per token of one layer.
+    assert TINY.ffn_size == 128
+    split = (32 + 2 * 16) + (32 + 16) + 32 + 3 * 128
+    assert activation_bytes_per_token(TINY, ParallelConfig(), 2) == 2 * (4 * 32 + split)
+    tensor = ParallelConfig(tensor_model_parallel_size=2)
+    assert activation_bytes_per_token(TINY, tensor, 2) == 2 * (4 * 32 + split / 2)
+    sequence = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    assert activation_bytes_per_token(TINY, sequence, 2) == 2 * (4 * 32 + split) / 2
+
+
+def kept_bytes_per_token(model: ModelConfig, num_tokens: int) -> float:
+    """Bytes that autograd really keeps for one plain fp32 layer, weights left out."""
+    width, heads, size = model.hidden_size, model.num_attention_heads, model.head_size
+    key_width, inner = model.query_groups * size, model.ffn_size
+    weights = {
+        name: torch.randn(rows, columns, requires_grad=True)
+        for name, rows, columns in [
+            ("qkv", width, width + 2 * key_width),
+            ("out", width, width),
+            ("up", width, 2 * inner),
+            ("down", inner, width),
+        ]
+    }
+    norms = {name: torch.ones(n, requires_grad=True) for name, n in [("h", width), ("d", size)]}
+    ours = {tensor.data_ptr() for tensor in [*weights.values(), *norms.values()]}
+    kept: dict[int, int] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours and tensor.numel() >= num_tokens * size:
+            kept[storage.data_ptr()] = storage.nbytes()
+        keep_alive.append(tensor)
+        return tensor
+
+    keep_alive: list[torch.Tensor] = []
+    functional = torch.nn.functional
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        residual = torch.randn(num_tokens, width, requires_grad=True) * 1.0
+        qkv = functional.rms_norm(residual, (width,), norms["h"]) @ weights["qkv"]
+        query, key, value = qkv.split([width, key_width, key_width], dim=-1)
+        query = functional.rms_norm(query.reshape(num_tokens, heads, size), (size,), norms["d"])
+        key = functional.rms_norm(key.reshape(num_tokens, -1, size), (size,), norms["d"])
+        value = value.reshape(num_tokens, -1, size)
+        mixed = functional.scaled_dot_product_attention(
+            *(part.transpose(0, 1)[None] for part in (query, key, value))
+        )
+        mixed = mixed[0].transpose(0, 1).reshape(num_tokens, width)
+        residual = residual + mixed @ weights["out"]
+        gate, up = (functional.rms_norm(residual, (width,), norms["h"]) @ weights["up"]).chunk(
+            2, -1
+        )
+        _ = residual + (functional.silu(gate) * up) @ weights["down"]
+    return sum(kept.values()) / num_tokens
+
+
+def test_activations_agree_with_what_autograd_keeps() -> None:
+    model = dataclasses.replace(TINY, hidden_size=64, num_query_groups=None)
+    # Eager kernels also keep what fused ones compute again: silu(gate), and the input of every
+    # norm's gain (two of the hidden size, query and key).
+    eager_elements = model.ffn_size + 4 * model.hidden_size
+    estimate = activation_bytes_per_token(model, ParallelConfig(), 4) + 4 * eager_elements
+    assert kept_bytes_per_token(model, 64) == estimate
+
+
+def test_pipeline_holds_as_many_micro_batches_as_stages() -> None:
+    parallel = ParallelConfig(pipeline_model_parallel_size=4)
+    alone = memory_per_rank(TINY, ParallelConfig(), ObjectiveConfig(), ALONE)
+    piped = memory_per_rank(
+        dataclasses.replace(TINY, vocab_size=50_000), parallel, AUTOREGRESSIVE, ALONE
+    )
+    # The last stage is the larger one here: logits; a quarter of the layers, one micro-batch.
+    assert piped.logits > 0
+    assert piped.activations == alone.activations / 4
+    first = memory_per_rank(
+        dataclasses.replace(TINY, vocab_size=1), parallel, AUTOREGRESSIVE, ALONE
+    )
+    assert first.activations == alone.activations  # 1/4 of the layers, 4 micro-batches
+    assert first.logits == 0
+
+
+def test_full_recompute_keeps_the_input_of_each_layer() -> None:
+    model = dataclasses.replace(TINY, recompute_granularity="full")
+    memory = memory_per_rank(model, ParallelConfig(), ObjectiveConfig(), ALONE)
+    tokens = 2 * 16
+    whole_layer = activation_bytes_per_token(TINY, ParallelConfig(), 2)
+    assert memory.activations == tokens * (4 * 2 * 32 + whole_layer)
+    assert math.isclose(memory.logits, tokens * 0.5 * 128 * (2 + 2 + 4))

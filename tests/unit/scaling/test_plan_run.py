@@ -1,0 +1,100 @@
+"""The `plan` command: closed forms, corpus sizes, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dlm import cli
+from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.commands import PlanConfig
+from megatron_dlm.config.hardware import GPUS
+from megatron_dlm.config.keys import leaf_types
+from megatron_dlm.config.schema import DataConfig, RunConfig, TrainConfig
+from megatron_dlm.models.accounting import count_parameters, training_flops_per_token
+from megatron_dlm.scaling.plan_run import make_plan
+
+RUN = RunConfig(
+    model=ModelConfig(vocab_size=1000, seq_length=128),
+    train=TrainConfig(tokens=1_024_000, global_batch_size=16),
+    data=DataConfig(unique_tokens=10_240),
+)
+MACHINE = PlanConfig(num_gpus=4, peak_flops=1e12, mfu=0.25)
+
+
+def test_time_is_flops_over_speed() -> None:
+    plan = make_plan(RUN, MACHINE)
+    flops = training_flops_per_token(RUN.model, RUN.objective).total
+    assert plan.length is not None
+    assert plan.length.steps == 500
+    assert plan.length.epochs == 100.0
+    assert plan.length.training_flops == pytest.approx(flops * 1_024_000)
+    assert plan.length.seconds == pytest.approx(flops * 1_024_000 / (4 * 1e12 * 0.25))
+    assert plan.length.flops_6nd == 6.0 * count_parameters(RUN.model).total * 1_024_000
+    assert plan.tokens_per_second * plan.length.seconds == pytest.approx(1_024_000)
+
+
+def with_data(train: dict[str, float], **length: Any) -> RunConfig:
+    return dataclasses.replace(
+        RUN,
+        data=DataConfig(train=train),
+        train=TrainConfig(global_batch_size=16, **length),
+    )
+
+
+def test_corpus_size_comes_from_the_manifests(tmp_path: Path) -> None:
+    for name, tokens in (("a", 3000), ("b", 1096)):
+        (tmp_path / f"{name}.manifest.json").write_text(json.dumps({"tokens": tokens}))
+    prefixes = {str(tmp_path / "a"): 1.0, str(tmp_path / "b"): 2.0}
+    length = make_plan(with_data(prefixes, epochs=3), MACHINE).length
+    assert length is not None
+    assert length.unique_tokens == 4096
+    assert length.steps == 6  # 3 * 32 windows of 128 in batches of 16
+
+
+def test_unknown_corpus_stops_epochs_only(tmp_path: Path) -> None:
+    prefixes = {str(tmp_path / "none"): 1.0}
+    with pytest.raises(ValueError, match=r"corpus size is unknown; give data\.unique_tokens"):
+        make_plan(with_data(prefixes, epochs=3), MACHINE)
+    length = make_plan(with_data(prefixes, steps=3), MACHINE).length
+    assert length is not None
+    assert (length.steps, length.epochs) == (3, None)
+
+
+def test_corrupt_manifest_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"a\.manifest\.json is not a shard manifest"):
+        make_plan(with_data({str(tmp_path / "a"): 1.0}, steps=3), MACHINE)
+
+
+def test_impossible_layout_is_refused() -> None:
+    config = dataclasses.replace(RUN, parallel=ParallelConfig(tensor_model_parallel_size=4))
+    assert make_plan(config, MACHINE).data_parallel_size == 1
+    with pytest.raises(ValueError, match="world size is 6"):
+        make_plan(config, dataclasses.replace(MACHINE, num_gpus=6))
+
+
+def test_every_device_of_the_table_can_be_named() -> None:
+    assert leaf_types(PlanConfig)["device"].__args__ == tuple(GPUS)
+
+
+def test_command_prints_and_writes_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    output = tmp_path / "plan.json"
+    argv = ["plan", "--config", "preset:sdl_1b", "--data.unique_tokens", "1000000000"]
+    argv += ["--train.epochs", "96", "--plan.num_gpus", "8", "--plan.output", str(output)]
+    assert cli.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "1.086 B" in text
+    assert "183,106" in text
+    assert "twice the causal" in " ".join(text.split())
+    written = json.loads(output.read_text())
+    assert written["length"]["steps"] == 183_106
+    assert written["memory_bytes"]["optimizer"] > 0
+    assert list(tmp_path.iterdir()) == [output]
