@@ -34,6 +34,7 @@ from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import Stream
 from megatron_dlm.runtime.device import Device
 from megatron_dlm.runtime.parallel import ParallelContext
+from megatron_dlm.runtime.seeding import seed_dropout
 from megatron_dlm.training.metrics import Metrics
 from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_dlm.training.step import Pass, train_step
@@ -53,6 +54,9 @@ class Task:
     batch_size: int
     device: Device
     parallel: ParallelContext
+
+    def __post_init__(self) -> None:
+        seed_dropout(SEED, 0, self.parallel)  # building a model already forks the random state
 
     @property
     def vocab_size(self) -> int:
@@ -102,10 +106,13 @@ class Task:
     def weights(self) -> dict[str, Tensor]:
         """The initial weights, under Megatron Core's names."""
         return {
-            name: value for name, value in self._chunk().state_dict().items() if value is not None
+            name: value
+            for name, value in self.build_model().state_dict().items()
+            if value is not None
         }
 
-    def _chunk(self) -> Any:
+    def build_model(self) -> Any:
+        """Our model, freshly initialised."""
         [chunk] = build_model(
             self.model,
             _PARALLEL,
@@ -120,7 +127,7 @@ class Task:
 
 def our_step(task: Task, batch: TokenBatch, objective: Objective | None = None) -> Step:
     """train_step, as the training loop calls it; corrupting the batch is part of the step."""
-    chunks = wrap_data_parallel([task._chunk()], _PARALLEL, task.parallel)
+    chunks = wrap_data_parallel([task.build_model()], _PARALLEL, task.parallel)
     optimizer = build_optimizer(chunks, OPTIMIZER, overlap_param_gather=False)
     objective = objective or task.objective()
     metrics = Metrics(objective.metric_names, task.device.torch_device)

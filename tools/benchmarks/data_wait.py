@@ -31,7 +31,7 @@ def measure_data_wait() -> float:
 
 
 def _share(entry: dict[str, object]) -> float | None:
-    value = entry.get("data_wait_share", entry.get("train/data_wait_share"))
+    value = entry.get("data_wait_share")
     return None if value is None else float(str(value))
 
 

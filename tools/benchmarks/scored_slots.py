@@ -1,6 +1,6 @@
 """Masked diffusion with the output layer on the scored slots against the output layer on all slots.
 
-Both are our train step, in fp32 on CPU with a 32k vocabulary, from the same weights on the same batch,
+Both are our train step in fp32 on CPU, 32k vocabulary, from the same weights on the same batch,
 one after another in one process; their losses must agree. The gain shrinks as the layers grow
 relative to the output layer.
 """
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from measure import environment, interleave, parser, print_environment, spread, write_json
+from measure import CLOCKS, environment, interleave, parser, print_environment, spread, write_json
 
 from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_dlm.models.accounting import count_parameters
@@ -45,9 +45,9 @@ def main() -> None:
     with parallel_context(ParallelConfig(), device) as parallel:
         for name in arguments.size:
             task = Task(SIZES[name], ObjectiveConfig(), _BATCH_SIZE, device, parallel)
-            results.append({"model": name, **_compare(task, arguments.rounds)})
+            results.append({"model": name, **_compare(task, arguments)})
             print(_summary(results[-1]), flush=True)
-    write_json(arguments.json, {"environment": facts, "steps": results})
+    write_json(arguments.json, {"environment": facts, "clock": arguments.clock, "steps": results})
 
 
 def _arguments() -> argparse.Namespace:
@@ -56,7 +56,7 @@ def _arguments() -> argparse.Namespace:
     return options.parse_args()
 
 
-def _compare(task: Task, rounds: int) -> dict[str, Any]:
+def _compare(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     from contenders import ScoringAllSlots, our_step
 
     batch = task.batch()
@@ -65,7 +65,8 @@ def _compare(task: Task, rounds: int) -> dict[str, Any]:
             "scored": our_step(task, batch),
             "all": our_step(task, batch, ScoringAllSlots(task.objective())),
         },
-        rounds,
+        arguments.rounds,
+        clock=CLOCKS[arguments.clock],
     )
     return {
         "parameters": count_parameters(task.model).total,

@@ -1,6 +1,6 @@
 """Our train step against a plain PyTorch loop and Megatron Core's stock local spec, on CPU, fp32.
 
-All three train the same transformer from the same weights on the same batch with AdamW and clipping,
+All three train the same transformer from the same weights on the same batch (AdamW, clipping),
 one after another in one process; the first two losses of all must agree. The peers run the output
 layer on every slot and get the corrupted inputs of masked diffusion for free. Then one real
 `megatron-dlm train` run reports how long its steps waited for data.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from data_wait import measure_data_wait
-from measure import environment, interleave, parser, print_environment, spread, write_json
+from measure import CLOCKS, environment, interleave, parser, print_environment, spread, write_json
 
 from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_dlm.models.accounting import count_parameters
@@ -69,12 +69,20 @@ def main() -> None:
                 task = Task(
                     size.model, ObjectiveConfig(kind=kind), size.batch_size, device, parallel
                 )
-                results.append({"model": name, **_compare(task, arguments.rounds)})
+                results.append({"model": name, **_compare(task, arguments)})
                 print(_summary(results[-1]), flush=True)
     share = None if arguments.skip_data_wait else measure_data_wait()
     if share is not None:
         print(f"\nshare of the step spent waiting for data in a real run: {share:.2%}")
-    write_json(arguments.json, {"environment": facts, "steps": results, "data_wait_share": share})
+    write_json(
+        arguments.json,
+        {
+            "environment": facts,
+            "clock": arguments.clock,
+            "steps": results,
+            "data_wait_share": share,
+        },
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -85,7 +93,7 @@ def _arguments() -> argparse.Namespace:
     return options.parse_args()
 
 
-def _compare(task: Task, rounds: int) -> dict[str, Any]:
+def _compare(task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     from contenders import our_step, plain_step, stock_step
 
     batch = task.batch()
@@ -95,7 +103,8 @@ def _compare(task: Task, rounds: int) -> dict[str, Any]:
             "plain": plain_step(task, batch),
             "stock": stock_step(task, batch),
         },
-        rounds,
+        arguments.rounds,
+        clock=CLOCKS[arguments.clock],
     )
     ours = timings["ours"]
     return {
