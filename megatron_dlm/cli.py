@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 from megatron_dlm import __version__
+from megatron_dlm.runtime.errors import AgreedError
 
 # name: (help line, configuration class, function of one configuration)
 COMMANDS = {
@@ -46,6 +48,9 @@ COMMANDS = {
 # Checks that run before torch is imported; each returns the configuration to go on with.
 CHECKS = {"train": "megatron_dlm.config.validate:prepare"}
 
+# torchrun ends all ranks as soon as one has ended: the silent ones let rank 0 speak first.
+_LET_RANK_0_SPEAK_SECONDS = 5.0
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
@@ -67,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _load(COMMANDS[name][2])(config)
     except (ValueError, OSError) as error:
-        return _refuse(name, error, is_speaker=True)
+        # An error that all ranks agreed on is told once; one rank's own error by that rank.
+        is_speaker = not isinstance(error, AgreedError) or _rank() == 0
+        return _refuse(name, error, is_speaker=is_speaker)
     return 0
 
 
@@ -125,7 +132,9 @@ def _overview() -> str:
 def _refuse(name: str, error: ValueError | OSError, *, is_speaker: bool) -> int:
     if isinstance(error, ValueError) and not _is_raised_here(error):
         raise error
-    if is_speaker:
+    if not is_speaker:
+        time.sleep(_LET_RANK_0_SPEAK_SECONDS)
+    else:
         rank = _rank()
         place = f" (rank {rank})" if rank else ""
         message = " ".join(str(error).split())

@@ -56,7 +56,8 @@ def optimizer_state(
         if is_loading:
             _prime(part)
         sharded = part.sharded_state_dict(dict(model), is_loading=is_loading, metadata=metadata)
-        state[f"optimizer{number}"] = sharded["param_state"]
+        if sharded["param_state"] is not None:  # None: another data-parallel rank saves it
+            state[f"optimizer{number}"] = sharded["param_state"]
     return state
 
 

@@ -6,14 +6,16 @@ A checkpoint is written under a temporary name and renamed when every rank has f
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import pickle
+import queue
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -23,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dlm.checkpoint import retention
 from megatron_dlm.checkpoint.retention import Checkpoint
@@ -36,6 +39,7 @@ from megatron_dlm.checkpoint.state import (
 )
 from megatron_dlm.config.schema import CheckpointConfig
 from megatron_dlm.models.build import LanguageModel
+from megatron_dlm.runtime.errors import AgreedError
 from megatron_dlm.runtime.parallel import ParallelContext
 
 FORMAT = 1
@@ -71,13 +75,14 @@ class CheckpointStore:
         self._config = config
         self._subject = subject
         self._description = dict(description)
-        _use_forked_result_queue()
+        # Where writers report to; Megatron Core would start a server process for it.
+        filesystem_async._results_queue = _WriterReport()
         self._queue = AsyncCallsQueue(persistent=False) if config.asynchronous else None
 
     def save(self, state: TrainState) -> None:
         """Write one checkpoint; asynchronous if so configured. Collective.
 
-        Raises ValueError on every rank, before anything is written, when the disk is too full.
+        Raises ValueError on every rank when the disk is too full or refuses to be written.
         """
         self.wait()
         parallel = self._subject.parallel
@@ -88,11 +93,12 @@ class CheckpointStore:
         with parallel.failing_together():
             if parallel.is_main:
                 self._make_room(unfinished)
-        request = dist_checkpointing.save(
-            {**model, **optimizer, "train_state": asdict(state)},
-            str(unfinished),
-            async_sharded_save=self._queue is not None,
-        )
+        with self._explaining_failures():
+            request = dist_checkpointing.save(
+                {**model, **optimizer, "train_state": asdict(state)},
+                str(unfinished),
+                async_sharded_save=self._queue is not None,
+            )
         if self._queue is None:
             self._publish(unfinished, target, state.step)
         else:
@@ -102,12 +108,14 @@ class CheckpointStore:
     def finish_if_written(self) -> None:
         """Publish an asynchronous save if it is written. Collective while one is under way."""
         if self._queue is not None and self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=False)
+            with self._explaining_failures():
+                self._queue.maybe_finalize_async_calls(blocking=False)
 
     def wait(self) -> None:
         """Wait for the asynchronous save under way, if any. Collective."""
         if self._queue is not None and self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=True)
+            with self._explaining_failures():
+                self._queue.maybe_finalize_async_calls(blocking=True)
 
     def _make_room(self, unfinished: Path) -> None:
         self._root.mkdir(parents=True, exist_ok=True)
@@ -125,28 +133,65 @@ class CheckpointStore:
         unfinished.mkdir()
 
     def _publish(self, unfinished: Path, target: Path, step: int) -> None:
-        dist.barrier(self._subject.parallel.control_group)
-        if self._subject.parallel.is_main:
-            retention.write_manifest(
-                unfinished, {"format": FORMAT, "step": step, **self._description}
-            )
-            if target.exists():
-                shutil.rmtree(target)
-            unfinished.rename(target)
-            retention.write_whole(self._root / retention.LATEST_NAME, f"{step}\n")
-            retention.remove_old(
-                self._root,
-                keep_last=self._config.keep_last,
-                keep_every_steps=self._config.keep_every_steps,
-            )
-        dist.barrier(self._subject.parallel.control_group)
+        with self._subject.parallel.failing_together():
+            if self._subject.parallel.is_main:
+                retention.write_manifest(
+                    unfinished, {"format": FORMAT, "step": step, **self._description}
+                )
+                if target.exists():
+                    shutil.rmtree(target)
+                unfinished.rename(target)
+                retention.write_whole(self._root / retention.LATEST_NAME, f"{step}\n")
+                retention.remove_old(
+                    self._root,
+                    keep_last=self._config.keep_last,
+                    keep_every_steps=self._config.keep_every_steps,
+                )
+
+    @contextlib.contextmanager
+    def _explaining_failures(self) -> Iterator[None]:
+        """Turn what the writers raise, mostly for want of disk space, into one line."""
+        try:
+            yield
+        except CheckpointException as error:  # on all ranks; only rank 0 knows the reasons
+            reasons = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
+            raise AgreedError(self._cannot_write("; ".join(reasons))) from error
+        except RuntimeError as error:  # torch.save of the common part, on rank 0
+            if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+                raise ValueError(self._cannot_write(str(error))) from error
+            raise
+
+    def _cannot_write(self, reason: str) -> str:
+        return (
+            f"{self._root}: the checkpoint could not be written ({reason}); free disk space or "
+            "mend the file system and start again: the run continues from its newest checkpoint"
+        )
 
 
-def _use_forked_result_queue() -> None:
-    """Writers report through a queue; Megatron Core would spawn its server, which imports the
-    caller's main module again: seconds lost at the first save, and a crash in unguarded scripts."""
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+class _WriterReport:
+    """The report of the one save under way, from a forked writer to this process.
+
+    An unnamed file, not a multiprocessing.Manager: its server would die of a signal to the process
+    group, and outlive this process when that is killed.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as this
+
+    def put(self, report: Any) -> None:
+        """Called by the writer, with offset and file shared with the parent."""
+        self._file.write(pickle.dumps(report))
+
+    def get_nowait(self) -> Any:
+        """The report, once; queue.Empty if a writer died before it wrote one."""
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.seek(0)
+        self._file.truncate()
+        try:
+            return pickle.loads(content)
+        except (EOFError, pickle.UnpicklingError):
+            raise queue.Empty from None
 
 
 def load(checkpoint: Checkpoint, subject: Checkpointed) -> TrainState:

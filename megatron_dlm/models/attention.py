@@ -20,6 +20,7 @@ class ScaledDotProductAttention(MegatronModule):
 
     def __init__(
         self,
+        *,
         config: TransformerConfig,
         layer_number: int,
         attn_mask_type: AttnMaskType,

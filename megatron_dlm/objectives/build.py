@@ -19,7 +19,8 @@ def build_objective(
 ) -> Objective:
     """batch_size is the number of consecutive samples over which noise times are stratified.
 
-    training=False leaves out what only training wants: input masking and variable length.
+    training=False leaves out what only training wants (input masking, variable length) and always
+    stratifies the noise times.
     """
     if config.kind == "autoregressive":
         ratio = config.input_masking_ratio if training else 0.0
@@ -33,7 +34,7 @@ def build_objective(
         schedule=build_schedule(config.schedule, config.schedule_exponent),
         batch_size=batch_size,
         weighting=config.weighting,
-        time_sampling=config.time_sampling,
+        time_sampling=config.time_sampling if training else "stratified",
         time_floor=config.time_floor,
         variable_length_probability=config.variable_length_probability if training else 0.0,
     )

@@ -8,20 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense bf16 peak in FLOP/s by a part of the device name; first match wins.
-_PEAK_BF16_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
+from megatron_dlm.config.hardware import GPUS
 
 
 @dataclass(frozen=True)
@@ -76,7 +63,7 @@ def _open_cuda() -> Device:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(rank)
     name = torch.cuda.get_device_name(rank)
-    peak = next((flops for part, flops in _PEAK_BF16_FLOPS.items() if part in name), None)
+    peak = next((gpu.peak_flops for part, gpu in GPUS.items() if part in name), None)
     engine = importlib.util.find_spec("transformer_engine") is not None
     return Device(torch.device("cuda", rank), name, peak, has_transformer_engine=engine)
 

@@ -47,14 +47,16 @@ class RunDirectory:
     def open(self, config: RunConfig) -> tuple[Checkpoint | None, list[str]]:
         """Make the directory ready; the checkpoint to continue from and warnings to show.
 
-        Raises ValueError when it holds a run of another configuration, OSError when it cannot be
-        written.
+        Raises ValueError when it holds a run of another configuration or cannot be written.
         """
-        if config.train.resume == "never":
-            self._set_aside()
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            if config.train.resume == "never":
+                self._set_aside()
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(self._not_writable(error.strerror)) from None
         if not os.access(self.path, os.W_OK):
-            raise ValueError(f"train.output_dir {self.path} is not writable; choose another")
+            raise ValueError(self._not_writable("no permission"))
         self._refuse_other_config(config)
         whole, warnings = whole_checkpoints(self.checkpoints)
         remove_unfinished(self.checkpoints)
@@ -65,6 +67,9 @@ class RunDirectory:
         """run.json: what this start of the run was made of."""
         content = {**_environment(), **facts}
         write_whole(self.path / _RUN_NAME, json.dumps(content, indent=1) + "\n")
+
+    def _not_writable(self, reason: str) -> str:
+        return f"train.output_dir {self.path} is not writable ({reason}); choose another"
 
     def _set_aside(self) -> None:
         """Move an old run into previous_N/ inside the directory; nothing is deleted."""

@@ -9,7 +9,9 @@ from rank_pool import RankPool
 from megatron_dlm.config.architecture import ParallelConfig
 
 
-def draw_masks(parallel_config: ParallelConfig, steps: tuple[int, ...]) -> list[dict[str, list[float]]]:
+def draw_masks(
+    parallel_config: ParallelConfig, steps: tuple[int, ...]
+) -> list[dict[str, list[float]]]:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     from megatron_dlm.runtime.parallel import laid_out

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line that names the thing and the remedy, status 2, nothing lost."""
+"""What a user can get wrong: one line naming the thing and the remedy, status 2, nothing lost."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from command_line import arguments, metrics, published, run_here
 from tiny_corpus import VOCAB_SIZE, TinyCorpus
-
-from megatron_dlm.data.shards import ShardWriter
 
 SHORT = {"train__steps": 4, "data__valid": {}, "model__num_layers": 1}
 
@@ -112,40 +109,6 @@ def test_vocabulary_below_the_shard(
     command = arguments(tiny_corpus, tmp_path / "run", model__vocab_size=320, **changes)
     message = refusal(capsys, command)
     assert_names(message, tiny_corpus.train, VOCAB_SIZE, 320, "model.vocab_size")
-
-
-def test_shard_without_manifest_holds_too_large_ids(
-    tiny_corpus: TinyCorpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Found only when the sample is read, in the middle of a run: checkpoints before it stay."""
-    shard = shard_with_one_bad_id(tmp_path, place=3000)
-    changes = {
-        **SHORT,
-        "data__tokenizer": None,
-        "model__vocab_size": 320,
-        "objective__mask_token_id": 4,
-        "data__train": {str(shard): 1.0},
-        "train__steps": 100,
-        "checkpoint__interval_steps": 1,
-        "checkpoint__keep_last": 1,
-    }
-    message = refusal(capsys, arguments(tiny_corpus, tmp_path / "run", **changes))
-    assert_names(message, shard, "token id 399", "vocabulary of 320", "model.vocab_size")
-    steps = list(metrics(tmp_path / "run"))
-    assert published(tmp_path / "run") == [steps[-1]]
-
-
-def shard_with_one_bad_id(directory: Path, *, place: int, num_tokens: int = 6000) -> Path:
-    """Ids below 320 but for one 399 at `place`; no manifest, as Megatron-LM's own shards."""
-    tokens = np.random.default_rng(5).integers(5, 320, num_tokens)
-    tokens[place] = 399
-    prefix = directory / "foreign"
-    with ShardWriter(prefix, vocab_size=400) as writer:
-        for part in np.split(tokens, 60):
-            writer.add_document(part)
-        writer.publish()
-    Path(f"{prefix}.manifest.json").unlink()
-    return prefix
 
 
 @pytest.mark.parametrize(

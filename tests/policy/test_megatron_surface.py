@@ -52,9 +52,8 @@ CALLED = {
         "is_loading",
         "metadata",
     ],
-    "optimizer.distrib_optimizer:DistributedOptimizer.load_parameter_state_from_fully_reshardable": [
-        "state_dict"
-    ],
+    "optimizer.distrib_optimizer:DistributedOptimizer."
+    "load_parameter_state_from_fully_reshardable": ["state_dict"],
     "dist_checkpointing:save": ["sharded_state_dict", "checkpoint_dir", "async_sharded_save"],
     "dist_checkpointing:load": ["sharded_state_dict", "checkpoint_dir", "sharded_strategy"],
     "dist_checkpointing.strategies.async_utils:AsyncCallsQueue": ["persistent"],

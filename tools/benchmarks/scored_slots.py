@@ -22,7 +22,7 @@ from megatron_dlm.runtime.device import open_device
 if TYPE_CHECKING:
     from contenders import Task
 
-_BATCH_SIZE = 4
+_BATCH_SIZE = 8
 SIZES = {
     "small": ModelConfig(num_layers=6, hidden_size=256, vocab_size=32_768, seq_length=256),
     "large": ModelConfig(
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    options = parser(__doc__, rounds=7)
+    options = parser(__doc__, rounds=5)
     options.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
     return options.parse_args()
 
