@@ -26,7 +26,7 @@ COMMANDS = {
     "tokenizer": (
         "train a SentencePiece tokenizer",
         "megatron_dlm.config.commands:TokenizerConfig",
-        "megatron_dlm.data.tokenizer:train_tokenizer",
+        "megatron_dlm.data.tokenizer_training:train_tokenizer",
     ),
     "preprocess": (
         "turn text into shards",

@@ -231,5 +231,17 @@ def _read(path: Path, sharded: dict[str, Any], parallel: ParallelContext) -> dic
     if parallel.data.size > 1:
         # Each DP rank reads a part and they exchange, instead of all reading everything.
         strategy = FullyParallelLoadStrategyWrapper(strategy, parallel.groups.dp_cp)
-    with safe_loading():
-        return dist_checkpointing.load(sharded, str(path), sharded_strategy=strategy)
+    try:
+        with safe_loading():
+            return dist_checkpointing.load(sharded, str(path), sharded_strategy=strategy)
+    except CheckpointException as error:  # on all ranks
+        reason = next(iter(error.failures.values()))[0] if error.failures else error
+        raise AgreedError(_cannot_read(path, reason)) from error
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(_cannot_read(path, error)) from error
+
+
+def _cannot_read(path: Path, reason: BaseException) -> str:
+    # The first sentence; PyTorch's further advice is to load without its checks.
+    summary = str(reason).split("\n")[0].split(". ")[0]
+    return f"{path} cannot be read ({summary}); move it away to continue from an older checkpoint"

@@ -221,6 +221,6 @@ def _explain(
     else:
         naming = [file.name for file in files if key in file.values]
         origin = f"--config {naming[-1]}: {key}" if naming else key
-    value = re.search(r"Got value: (.*)$", message)
+    value = re.search(r"(?:Got|Given) value: (.*)$", message)
     got = f" is {value.group(1)}" if value else ""
     return f"{origin}{got}; expected {in_words(leaves[key])}"

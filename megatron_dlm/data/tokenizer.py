@@ -12,7 +12,6 @@ from typing import Any
 
 import sentencepiece
 
-from megatron_dlm.config.commands import TokenizerConfig
 from megatron_dlm.config.tokenizer_metadata import TokenizerMetadata, read_tokenizer_metadata
 
 MODEL_FILE = "tokenizer.model"
@@ -115,13 +114,6 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
             f"{metadata.vocab_size}; {remedy}"
         )
     return Tokenizer(metadata, processor)
-
-
-def train_tokenizer(config: TokenizerConfig) -> None:
-    """The command `megatron-dlm tokenizer`."""
-    from megatron_dlm.data.tokenizer_training import train
-
-    train(config)
 
 
 def _num_cores() -> int:

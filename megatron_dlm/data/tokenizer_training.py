@@ -30,8 +30,8 @@ _SENTENCE_CHARACTERS = 2048
 _PROBE_CHARACTERS = 1_000_000
 
 
-def train(config: TokenizerConfig) -> None:
-    """Train, measure and publish; prints what was made and where."""
+def train_tokenizer(config: TokenizerConfig) -> None:
+    """`megatron-dlm tokenizer`: train, measure and publish; prints what was made and where."""
     console = Console(stderr=True)
     output = Path(config.output_dir)
     _check_output(output)

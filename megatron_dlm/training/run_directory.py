@@ -54,7 +54,7 @@ class RunDirectory:
                 self._set_aside()
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(self._not_writable(error.strerror)) from None
+            raise ValueError(self._not_writable(error.strerror or str(error))) from None
         if not os.access(self.path, os.W_OK):
             raise ValueError(self._not_writable("no permission"))
         self._refuse_other_config(config)

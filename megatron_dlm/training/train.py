@@ -53,7 +53,11 @@ def train(config: RunConfig, device: Device, parallel: ParallelContext) -> None:
     with log, StopRequest(parallel.control_group) as stop:
         for message in sources.messages:
             log.note(message)
-        reason = _loop(config, sources, run, log, stop)
+        try:
+            reason = _loop(config, sources, run, log, stop)
+        except AgreedError:
+            run.store.wait()  # an asynchronous save of an earlier step is still good
+            raise
         run.store.wait()
         log.note(f"{reason}: saved; the same command goes on from here" if reason else "finished")
 

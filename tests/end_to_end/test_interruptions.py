@@ -115,7 +115,7 @@ def test_sigterm_to_torchrun_and_to_the_whole_process_group_in_a_save(
 ) -> None:
     """torchrun itself ends with 1 when it is signalled; what counts is that its ranks have saved.
 
-    The second run shows that a signal to helpers of a save (as from `scancel --full`) harms nothing.
+    The second run shows that a signal to the writers of a save too harms nothing.
     """
     run = tmp_path / "run"
     job = start(arguments(tiny_corpus, run, **LONG), tmp_path / "torchrun", num_ranks=2)
@@ -206,3 +206,14 @@ def test_divergence_stops_every_rank_and_keeps_the_last_good_checkpoint(
     assert (
         f"continuing from {run}/checkpoints/iter_{step - 1:07d}" in (run / "train.log").read_text()
     )
+
+
+def test_divergence_does_not_lose_the_asynchronous_save_under_way(
+    tiny_corpus: TinyCorpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"checkpoint__interval_steps": 1, "checkpoint__asynchronous": True}
+    command = arguments(tiny_corpus, tmp_path / "run", optimizer__lr=1e30, **changes)
+    assert run_here(command) == 2
+    last_good = max(metrics(tmp_path / "run"))
+    assert f"at step {last_good + 1};" in capsys.readouterr().err
+    assert published(tmp_path / "run")[-1] == latest(tmp_path / "run") == last_good

@@ -13,7 +13,8 @@ from megatron_dlm.config.commands import PreprocessConfig, TokenizerConfig
 from megatron_dlm.data import preprocess as module
 from megatron_dlm.data.preprocess import in_validation, preprocess
 from megatron_dlm.data.shards import Shard
-from megatron_dlm.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.tokenizer_training import train_tokenizer
 
 TEXTS = [f"document {n}:\n\tcontents {n * n} é\n" * (1 + n % 5) for n in range(200)]
 

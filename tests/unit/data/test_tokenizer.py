@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_dlm.config.commands import TokenizerConfig
 from megatron_dlm.config.tokenizer_metadata import read_tokenizer_metadata
-from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer, normalize, train_tokenizer
+from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer, normalize
+from megatron_dlm.data.tokenizer_training import train_tokenizer
 
 SOURCES = [Path(json.__file__), Path(json.__file__).with_name("decoder.py"), Path(pytest.__file__)]
 AWKWARD = [
