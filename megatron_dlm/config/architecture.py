@@ -177,6 +177,7 @@ class ObjectiveConfig:
             self.schedule_exponent > 0,
             f"objective.schedule_exponent is {self.schedule_exponent}; it must be greater than 0",
         )
+        require_positive("objective", {"variable_length_multiple": self.variable_length_multiple})
         require(
             self.weighting != "count" or self.schedule == "linear",
             f"objective.weighting count draws the number of masks uniformly, which is the linear "

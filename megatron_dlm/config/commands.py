@@ -113,6 +113,15 @@ class QuickstartConfig:
     """Processes of the run."""
     seed: int = 1234
     """Seed of both runs."""
+    steps: int = 1000
+    """Updates of each model, 4096 tokens each."""
+    unique_tokens: int = 20_480
+    """Different tokens in the training data; the more, the later the curves cross."""
 
     def __post_init__(self) -> None:
-        require_positive("quickstart", {"num_ranks": self.num_ranks})
+        sizes = {
+            "num_ranks": self.num_ranks,
+            "steps": self.steps,
+            "unique_tokens": self.unique_tokens,
+        }
+        require_positive("quickstart", sizes)

@@ -38,6 +38,9 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     }
     if parallel.sequence_parallel:
         split_over_tensor_ranks["model.seq_length"] = model.seq_length
+        if config.objective.variable_length_probability > 0:
+            multiple = config.objective.variable_length_multiple
+            split_over_tensor_ranks["objective.variable_length_multiple"] = multiple
     for name, value in split_over_tensor_ranks.items():
         require(
             value % tensor_size == 0,

@@ -104,6 +104,22 @@ def test_across_layouts_with_optimizer_state(ranks: RankPool, shards: Path, tmp_
         np.testing.assert_allclose(ours[name], values, rtol=0, atol=atol, err_msg=name)
 
 
+def test_cropped_steps_are_the_same_on_every_layout(
+    ranks: RankPool, shards: Path, tmp_path: Path
+) -> None:
+    flags = [
+        "--objective.variable_length_probability=0.7",
+        "--objective.variable_length_multiple=4",
+        "--logging.interval_steps=1",
+    ]
+    one = train(ranks, shards, tmp_path / "one", flags)
+    split = [*flags, *TP2_PP2, "--parallel.sequence_parallel=true"]
+    check_metrics(train(ranks, shards, tmp_path / "four", split, num_ranks=4), one, tolerance=1e-5)
+    whole = train(ranks, shards, tmp_path / "whole", ["--logging.interval_steps=1"])
+    norms = [[run[step, "train"]["grad_norm"] for step in range(1, 11)] for run in (one, whole)]
+    assert norms[0] != norms[1], "no step was cropped"
+
+
 def test_interleaved_pipeline_and_overlap_continue_on_one_rank(
     ranks: RankPool, shards: Path, tmp_path: Path
 ) -> None:

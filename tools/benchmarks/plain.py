@@ -24,9 +24,7 @@ class PlainTransformer(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         if not config.untie_embeddings_and_output_weights:
             self.head.weight = self.embedding.weight
-        cos, sin = _rotary_table(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.cos, self.sin = _rotary_table(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [b, s] -> logits [b, s, padded vocabulary]."""
@@ -43,6 +41,7 @@ class PlainTransformer(nn.Module):
             self.head.weight.copy_(weights["output_layer.weight"])
         self.norm.weight.copy_(weights["decoder.final_layernorm.weight"])
         for number, layer in enumerate(self.layers):
+            assert isinstance(layer, _Layer)
             prefix = f"decoder.layers.{number}."
             layer.load_megatron(
                 {

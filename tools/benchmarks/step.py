@@ -46,7 +46,10 @@ SIZES = {
     "7m-256": Size(_SMALL, batch_size=4),
     "27m-256": Size(_LARGE, batch_size=4),
     "27m-1024": Size(replace(_LARGE, seq_length=1024), batch_size=1),
+    "27m-2048": Size(replace(_LARGE, seq_length=2048), batch_size=1),
+    "13m-256-32k": Size(replace(_SMALL, vocab_size=32_768), batch_size=4),
 }
+_DEFAULT_SIZES = ("7m-256", "27m-256", "27m-1024")
 OBJECTIVES = ("autoregressive", "masked")
 
 
@@ -87,7 +90,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     options = parser(__doc__, rounds=5)
-    options.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
+    options.add_argument("--size", nargs="+", choices=SIZES, default=_DEFAULT_SIZES)
     options.add_argument("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     options.add_argument("--skip-data-wait", action="store_true", help="leave out the real run")
     return options.parse_args()
@@ -133,7 +136,7 @@ def _summary(result: Mapping[str, Any]) -> str:
 
 
 def _row(*cells: str) -> str:
-    widths = (9, 15, 11, 9, 18, 18)
+    widths = (11, 15, 11, 9, 18, 18)
     return " ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 

@@ -1,0 +1,1 @@
+"""Starts runs: the quickstart on one machine."""

@@ -1,0 +1,229 @@
+"""`megatron-dlm quickstart`: the whole story on an embedded corpus, in minutes on a laptop.
+
+Every step leaves files; a step whose files are whole is not taken again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dlm.config.commands import QuickstartConfig
+from megatron_dlm.launch.child_command import run_command
+from megatron_dlm.launch.quickstart_corpus import write_corpus
+from megatron_dlm.scaling.plots import CurveSummary, plot_validation_curves
+
+GLOBAL_BATCH_SIZE = 64
+SEQ_LENGTH = 64
+
+# Directory of the run -> (objective.kind, name in the figure).
+RUNS = {
+    "ar": ("autoregressive", "autoregressive (exact NLL)"),
+    "masked": ("masked", "masked diffusion (upper bound)"),
+}
+_PROMPTS = ("def ", "class ", "import ", "    if not ")
+_SAMPLE_TOKENS = 48
+
+_RUN_CONFIG = """\
+# Written by `megatron-dlm quickstart`. Goes on from its newest checkpoint, on any layout:
+#   {command}
+model:
+  num_layers: 3
+  hidden_size: 96
+  num_attention_heads: 4
+  seq_length: {seq_length}
+objective:
+  kind: {kind}
+data:
+  tokenizer: {tokenizer}
+  train: {{{train}: 1.0}}
+  valid: {{{valid}: 1.0}}
+  unique_tokens: {unique_tokens}   # this little text, {epochs:.0f} times over
+optimizer:
+  lr: 2.0e-3
+schedule:
+  kind: cosine
+  warmup_steps: {warmup_steps}
+train:
+  steps: {steps}
+  global_batch_size: {global_batch_size}
+  micro_batch_size: {micro_batch_size}
+  precision: fp32
+  device: cpu
+  seed: {seed}
+  output_dir: {output_dir}
+checkpoint:
+  interval_steps: 200
+validation:
+  interval_steps: {validation_steps}
+  num_samples: 256
+logging:
+  interval_steps: 10
+"""
+
+
+def quickstart(config: QuickstartConfig) -> None:
+    """Corpus, tokenizer, shards, two runs, their curves, their text; says where everything is."""
+    _check(config)
+    root = Path(config.output_dir)
+    console = Console(highlight=False)
+    _headline(console, 1, "a corpus: the sources of Python's standard library")
+    _prepare_data(root)
+    for number, name in enumerate(RUNS, start=2):
+        _headline(console, number, f"training: {RUNS[name][1]}, {config.num_ranks} ranks")
+        _train(config, name)
+    _headline(console, 4, "validation curves")
+    runs = {label: root / name / "metrics.jsonl" for name, (_, label) in RUNS.items()}
+    summary = plot_validation_curves(
+        runs,
+        root / "curves.png",
+        title=f"{config.unique_tokens:,} unique tokens, repeated",
+    )
+    _headline(console, 5, "text from both models")
+    _sample(root, config.seed, console)
+    _tell_results(console, summary)
+    _tell_where(console, config)
+
+
+def _check(config: QuickstartConfig) -> None:
+    """What would otherwise fail after minutes."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            "matplotlib is not installed and draws the curves; run `pip install matplotlib`"
+        )
+    if GLOBAL_BATCH_SIZE % config.num_ranks:
+        raise ValueError(
+            f"num_ranks is {config.num_ranks}; the batch of {GLOBAL_BATCH_SIZE} samples is shared "
+            "by the ranks, use 1, 2, 4 or 8"
+        )
+
+
+def _headline(console: Console, number: int, text: str) -> None:
+    console.print(f"\n[bold]{number}/5  {text}[/bold]")
+
+
+def _prepare_data(root: Path) -> None:
+    tokenizer = root / "tokenizer"
+    texts = {split: root / "corpus" / f"{split}.jsonl" for split in ("train", "valid")}
+    if not all(path.exists() for path in texts.values()):
+        write_corpus(texts["train"], texts["valid"])
+    if not (tokenizer / "metadata.json").exists():
+        flags = {"input": texts["train"], "output_dir": tokenizer, "vocab_size": 512}
+        run_command(["tokenizer", *_as_arguments(flags)])
+    for split, text in texts.items():
+        prefix = root / "data" / split
+        if not Path(f"{prefix}.manifest.json").exists():
+            flags = {"input": text, "output_prefix": prefix, "tokenizer": tokenizer}
+            run_command(["preprocess", *_as_arguments(flags)])
+
+
+def _as_arguments(flags: Mapping[str, object]) -> list[str]:
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def _train(config: QuickstartConfig, name: str) -> None:
+    root = Path(config.output_dir)
+    path = root / f"{name}.yaml"
+    text = _run_config(config, name)
+    is_same = path.exists() and path.read_text(encoding="utf-8") == text
+    if is_same and _latest_step(root / name) == config.steps:
+        print(f"done before: {root / name}")
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    run_command(["train", "--config", str(path)], num_ranks=config.num_ranks)
+    if _latest_step(root / name) != config.steps:
+        raise ValueError(f"{root / name} was stopped early; the same command goes on from here")
+
+
+def _run_config(config: QuickstartConfig, name: str) -> str:
+    root = Path(config.output_dir)
+    return _RUN_CONFIG.format(
+        command=f"megatron-dlm train --config {root / f'{name}.yaml'}",
+        kind=RUNS[name][0],
+        # JSON strings are YAML strings, whatever characters the path has.
+        tokenizer=json.dumps(str(root / "tokenizer")),
+        train=json.dumps(str(root / "data" / "train")),
+        valid=json.dumps(str(root / "data" / "valid")),
+        output_dir=json.dumps(str(root / name)),
+        seq_length=SEQ_LENGTH,
+        unique_tokens=config.unique_tokens,
+        epochs=config.steps * GLOBAL_BATCH_SIZE * SEQ_LENGTH / config.unique_tokens,
+        steps=config.steps,
+        warmup_steps=min(20, config.steps // 2),
+        global_batch_size=GLOBAL_BATCH_SIZE,
+        micro_batch_size=min(32, GLOBAL_BATCH_SIZE // config.num_ranks),
+        seed=config.seed,
+        validation_steps=max(1, min(20, config.steps // 5)),
+    )
+
+
+def _latest_step(run: Path) -> int:
+    path = run / "checkpoints" / "latest_checkpointed_iteration.txt"
+    return int(path.read_text()) if path.exists() else 0
+
+
+def _sample(root: Path, seed: int, console: Console) -> None:
+    output = root / "samples.txt"
+    newest = max((root / name / "checkpoints").stat().st_mtime for name in RUNS)
+    if not output.exists() or output.stat().st_mtime < newest:
+        from megatron_dlm.generation.generate import sample_run  # imports torch and Megatron
+
+        blocks = []
+        for name, (_, label) in RUNS.items():
+            with console.status(f"sampling: {label}"):
+                texts = sample_run(root / name, _PROMPTS, num_tokens=_SAMPLE_TOKENS, seed=seed)
+            blocks += [
+                f"=== {label}, prompt {p!r}\n{t}\n" for p, t in zip(_PROMPTS, texts, strict=True)
+            ]
+        temporary = output.with_name(output.name + ".tmp")
+        temporary.write_text("\n".join(blocks), encoding="utf-8")
+        os.replace(temporary, output)
+    console.print(output.read_text(encoding="utf-8"), markup=False)
+
+
+def _tell_results(console: Console, summary: CurveSummary) -> None:
+    table = Table("validation loss, nats per token", "best", "at epoch", "at the end", box=None)
+    for label, best in summary.best.items():
+        last = summary.last[label].nats_per_token
+        table.add_row(label, f"{best.nats_per_token:.3f}", f"{best.epoch:.0f}", f"{last:.3f}")
+    console.print(table)
+    if summary.crossing is None:
+        console.print("The curves have not crossed yet; more --steps or fewer --unique_tokens.")
+        return
+    console.print(
+        f"The curves cross at epoch {summary.crossing.epoch:.0f}: from there on the diffusion "
+        "model's upper bound lies below the autoregressive model's loss, which repeats its data "
+        "by heart. Comparing the best values of both is the stricter test."
+    )
+
+
+def _tell_where(console: Console, config: QuickstartConfig) -> None:
+    root = Path(config.output_dir)
+    table = Table("what", "where", box=None)
+    for what, where in {
+        "the picture": "curves.png",
+        "text from both models": "samples.txt",
+        "run configurations": "ar.yaml, masked.yaml",
+        "runs: metrics, logs, checkpoints": "ar/, masked/",
+        "tokenizer, shards, corpus": "tokenizer/, data/, corpus/",
+    }.items():
+        table.add_row(what, ", ".join(str(root / part) for part in where.split(", ")))
+    console.print()
+    console.print(table)
+    console.print("\nTry next:", style="bold")
+    for command in (
+        f"tensorboard --logdir {root}",
+        f"megatron-dlm quickstart --output_dir {root}_more --unique_tokens 65536",
+        f"megatron-dlm plan --config {root / 'masked.yaml'}",
+        f"torchrun --nproc-per-node 2 -m megatron_dlm train --config {root / 'masked.yaml'} "
+        f"--train.output_dir {root / 'masked_tp2'} --parallel.tensor_model_parallel_size 2",
+    ):
+        console.print(f"  {command}", soft_wrap=True, markup=False)
