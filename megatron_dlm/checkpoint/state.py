@@ -52,7 +52,7 @@ def optimizer_state(
     """
     metadata = sharding_metadata(parallel)
     state = {}
-    for number, part in enumerate(_parts(optimizer)):
+    for number, part in enumerate(optimizer_parts(optimizer)):
         if is_loading:
             _prime(part)
         sharded = part.sharded_state_dict(dict(model), is_loading=is_loading, metadata=metadata)
@@ -68,7 +68,7 @@ def restore_optimizer(optimizer: MegatronOptimizer, loaded: Mapping[str, Any], s
     torch.optim.AdamW keeps `step` per parameter, which Megatron Core would fill with one shared
     tensor (it then counts once per parameter); so it is set here, one tensor each.
     """
-    for number, part in enumerate(_parts(optimizer)):
+    for number, part in enumerate(optimizer_parts(optimizer)):
         states = [state for state in part.optimizer.state.values() if state]
         steps_are_per_parameter = any("step" in state for state in states)
         for state in states:
@@ -76,13 +76,14 @@ def restore_optimizer(optimizer: MegatronOptimizer, loaded: Mapping[str, Any], s
         part.load_parameter_state_from_fully_reshardable(loaded[f"optimizer{number}"])
         if steps_are_per_parameter:
             for state in states:
-                state["step"] = torch.tensor(float(step))
+                state["step"] = torch.full((), float(step), device=state["exp_avg"].device)
         else:
             for group in part.optimizer.param_groups:
                 group["step"] = step
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The distributed optimizers inside Megatron's, in a fixed order."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if not part.is_stub_optimizer]
 
@@ -94,7 +95,7 @@ def _prime(part: DistributedOptimizer) -> None:
     for group in part.optimizer.param_groups:
         for parameter in group["params"]:
             part.optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

@@ -1,10 +1,10 @@
 """Makes the pip package megatron-core train on CPU with gloo; applied on CPU only.
 
 Megatron Core 0.16.1 writes "cuda" as a constant in many places and asks torch.cuda for the
-current device and the random state. Three remedies, each as small as its cause: constants are
-rewritten when its modules are loaded, six names of torch.cuda answer for the CPU, and the
-random-state tracker forks the CPU generator. tests/policy/test_megatron_surface.py makes an upgrade
-of Megatron Core fail loudly.
+current device and the random state. Each remedy is as small as its cause: constants are rewritten
+when its modules are loaded, six names of torch.cuda answer for the CPU, the random-state tracker
+forks the CPU generator, and a lone data-parallel rank exchanges nothing with itself.
+tests/policy/test_megatron_surface.py makes an upgrade of Megatron Core fail loudly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import types
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ def adapt_megatron() -> None:
     _silence_warnings_about_cuda()
     _answer_for_cuda()
     _adapt_random_state()
+    _skip_collectives_with_oneself()
     _keep_freed_memory()
 
 
@@ -142,6 +143,25 @@ def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
         tracker.states_[name] = torch.get_rng_state()
         torch.set_rng_state(tracker.states_.get(outer_name, outer_state))
         tracker._current_state_name = outer_name
+
+
+def _skip_collectives_with_oneself() -> None:
+    """gloo copies a lone rank's gradients and parameters onto themselves, 4 % of a step."""
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(buffers, name, _unless_alone(getattr(buffers, name)))
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def call(output: torch.Tensor, input: torch.Tensor, **options: Any) -> Any:
+        alone = options["group"].size() == 1 and output.data_ptr() == input.data_ptr()
+        # An asynchronous caller waits for a handle, which only the collective can give.
+        if alone and not options.get("async_op"):
+            return None
+        return collective(output, input, **options)
+
+    return call
 
 
 def _keep_freed_memory() -> None:

@@ -15,6 +15,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
+from megatron_dlm.checkpoint.state import optimizer_parts
 from megatron_dlm.config.architecture import ParallelConfig
 from megatron_dlm.config.schema import OptimizerConfig
 from megatron_dlm.models.build import LanguageModel
@@ -62,7 +63,7 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW whose state is sharded over the DP ranks; norms and biases get no weight decay."""
     model_config = chunks[0].module.config
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -79,6 +80,12 @@ def build_optimizer(
         ),
         list(chunks),
     )
+    for part in optimizer_parts(optimizer):
+        # Without Transformer Engine and Apex this is PyTorch's, by default not fused.
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group.update(fused=True, foreach=False)
+    return optimizer
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:

@@ -11,8 +11,6 @@ from tiny_corpus import TinyCorpus
 
 from megatron_dlm.data.shards import ShardWriter
 
-END_SECONDS = 60.0
-
 
 @pytest.mark.parametrize(
     ("flag", "part"),
@@ -25,7 +23,7 @@ END_SECONDS = 60.0
 def test_torchrun_tells_once(flag: str, part: str, tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
     """Found by every rank, before and after torch is imported, and by rank 0 alone."""
     command = [*arguments(tiny_corpus, tmp_path / "run"), flag]
-    ended = start(command, tmp_path / "log", num_ranks=2).end(END_SECONDS)
+    ended = start(command, tmp_path / "log", num_ranks=2).end()
     assert ended.code != 0
     (line,) = ended.error_lines()
     assert line.startswith("megatron-dlm train: error: ")
@@ -35,7 +33,7 @@ def test_torchrun_tells_once(flag: str, part: str, tiny_corpus: TinyCorpus, tmp_
 def test_every_rank_ends_by_itself(tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
     """No launcher: rank 0 alone cannot write, and rank 1 learns of it."""
     command = arguments(tiny_corpus, Path("/dev/null/run"))
-    first, second = [job.end(END_SECONDS) for job in start_ranks(command, tmp_path / "log")]
+    first, second = [job.end() for job in start_ranks(command, tmp_path / "log")]
     assert (first.code, second.code) == (2, 2)
     assert len(first.error_lines()) == 1
     assert second.errors == ""

@@ -68,6 +68,8 @@ REPLACED = [
     "tensor_parallel.random:_get_cuda_rng_state",
     "tensor_parallel.random:_set_cuda_rng_state",
     "tensor_parallel.random:CudaRNGStatesTracker.fork",
+    "distributed.param_and_grad_buffer:dist_reduce_scatter_func",
+    "distributed.param_and_grad_buffer:dist_all_gather_func",
     "dist_checkpointing.strategies.filesystem_async:_results_queue",
     "dist_checkpointing.mapping:ShardedTensorFactory.build",
 ]

@@ -86,13 +86,12 @@ class _Layer(nn.Module):
 
     def load_megatron(self, weights: Mapping[str, Tensor]) -> None:
         # Megatron stores query, key and value head by head; here all queries come first.
-        by_head = weights["self_attention.linear_qkv.weight"].unflatten(
-            0, (self.num_heads, 3, self.head_size)
-        )
+        packed = weights["self_attention.linear_qkv.weight"]
+        by_head = packed.view(self.num_heads, 3, self.head_size, -1)
         self.qkv.weight.copy_(by_head.transpose(0, 1).flatten(0, 2))
-        if isinstance(self.query_norm, nn.RMSNorm):
-            self.query_norm.weight.copy_(weights["self_attention.q_layernorm.weight"])
-            self.key_norm.weight.copy_(weights["self_attention.k_layernorm.weight"])
+        for norm, name in ((self.query_norm, "q_layernorm"), (self.key_norm, "k_layernorm")):
+            if isinstance(norm, nn.RMSNorm):
+                norm.weight.copy_(weights[f"self_attention.{name}.weight"])
         self.projection.weight.copy_(weights["self_attention.linear_proj.weight"])
         self.gate_and_up.weight.copy_(weights["mlp.linear_fc1.weight"])
         self.down.weight.copy_(weights["mlp.linear_fc2.weight"])
