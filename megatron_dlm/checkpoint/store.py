@@ -213,17 +213,23 @@ def load_weights(
 
 
 def check_description(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the first differing value if the checkpoint is of another model."""
-    for section, values in expected.items():
-        stored = checkpoint.manifest.get(section)
-        if not isinstance(values, Mapping) or not isinstance(stored, Mapping):
-            continue
-        for name, value in values.items():
-            if stored.get(name) != value:
-                raise ValueError(
-                    f"{checkpoint.path} was made with {section}.{name} {stored.get(name)}, this "
-                    f"run has {value}; use the same value or another train.output_dir"
-                )
+    """Raise ValueError if the checkpoint is of another model, or was trained on other data.
+
+    `expected` as given to `CheckpointStore`: the sections `model` (names the first differing value)
+    and `data` (a digest).
+    """
+    stored = checkpoint.manifest
+    for name, value in expected["model"].items():
+        if stored["model"].get(name) != value:
+            raise ValueError(
+                f"{checkpoint.path} was made with model.{name} {stored['model'].get(name)}, this "
+                f"run has {value}; use the same value or another train.output_dir"
+            )
+    if stored["data"] != expected["data"]:
+        raise ValueError(
+            f"{checkpoint.path} was trained on other data: the shards of data.train, their weights "
+            "or the unique subset have changed; restore them or choose another train.output_dir"
+        )
 
 
 def _read(path: Path, sharded: dict[str, Any], parallel: ParallelContext) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def train(config: RunConfig, device: Device, parallel: ParallelContext) -> None:
             log.note(message)
         try:
             reason = _loop(config, sources, run, log, stop)
-        except AgreedError:
+        except AgreedError as error:
+            log.note(f"stopped: {error}")
             run.store.wait()  # an asynchronous save of an earlier step is still good
             raise
         run.store.wait()

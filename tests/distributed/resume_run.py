@@ -10,11 +10,11 @@ import numpy as np
 VOCAB_SIZE, MASK_ID = 90, 89
 
 
-def write_shards(directory: Path) -> Path:
+def write_shards(directory: Path, seed: int = 3) -> Path:
     """train and valid shards of made-up documents; a prefix directory for `train_in_ranks`."""
     from megatron_dlm.data.shards import ShardWriter
 
-    random = np.random.default_rng(3)
+    random = np.random.default_rng(seed)
     for name, num_documents in (("train", 60), ("valid", 20)):
         with ShardWriter(directory / name, vocab_size=VOCAB_SIZE, mask_id=MASK_ID) as writer:
             for _ in range(num_documents):

@@ -152,3 +152,10 @@ def test_longer_run_goes_on(ranks: RankPool, shards: Path, tmp_path: Path) -> No
     whole = train(ranks, shards, tmp_path / "whole", [*constant, "--train.steps=12"])
     assert longer[(12, "valid")]["nelbo"] == whole[(12, "valid")]["nelbo"]
     assert longer[(12, "train")]["grad_norm"] == whole[(12, "train")]["grad_norm"]
+
+
+def test_other_shards_are_refused(ranks: RankPool, shards: Path, tmp_path: Path) -> None:
+    train(ranks, shards, tmp_path / "run")
+    other = write_shards(tmp_path / "other", seed=4)
+    with pytest.raises(AssertionError, match="iter_0000010 was trained on other data"):
+        train(ranks, other, tmp_path / "run", ["--train.steps=12"])
