@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.ops.counter_rng import Stream, normal
 
-_ROWS_AT_ONCE_ELEMENTS = 1 << 24  # bounds the float64 temporaries of the generator to ~1 GB
 _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -28,10 +27,10 @@ def initialize_weights(sharded_state: Mapping[str, object], model: ModelConfig, 
     for shard in _shards(sharded_state):
         tensor = shard.data
         name = shard.key
-        if "norm" in name.rsplit(".", maxsplit=1)[-1] or "norm." in name:
-            tensor.fill_(1.0)
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             tensor.zero_()
+        elif "norm" in name:  # final_layernorm.weight, linear_qkv.layer_norm_weight
+            tensor.fill_(1.0)
         else:
             scaled = name.endswith(_RESIDUAL_OUTPUTS)
             std = model.init_method_std / (math.sqrt(2 * model.num_layers) if scaled else 1.0)
@@ -59,10 +58,7 @@ def _fill_normal(tensor: Tensor, shard: ShardedTensor, *, std: float, seed: int)
     row_start += (stacked[0] if stacked else 0) * shard.global_shape[-2]
     key = int.from_bytes(hashlib.sha256(shard.key.encode()).digest()[:4], "big")
     rows, columns = tensor.shape
+    index = torch.arange(row_start, row_start + rows, device=tensor.device)
     position = torch.arange(column_start, column_start + columns, device=tensor.device)
-    step = max(1, _ROWS_AT_ONCE_ELEMENTS // columns)
-    for first in range(0, rows, step):
-        last = min(rows, first + step)
-        index = torch.arange(row_start + first, row_start + last, device=tensor.device)
-        values = normal(seed, Stream.INITIALIZATION, key, index[:, None], position[None, :])
-        tensor[first:last] = (values * std).to(tensor.dtype)
+    values = normal(seed, Stream.INITIALIZATION, key, index[:, None], position[None, :])
+    tensor.copy_(values.mul_(std))
