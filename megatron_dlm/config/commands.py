@@ -78,7 +78,9 @@ class PlanConfig:
 
     num_gpus: int = 1
     """Ranks of the run; the parallel sizes must divide it."""
-    device: Literal["A100", "H100", "H200", "B200", "L40S"] = "H100"
+    device: Literal[
+        "H100 PCIe", "H100 NVL", "H100", "H200", "H800", "B200", "A100", "A800", "L40S"
+    ] = "H100"
     """GPU, for its peak FLOP/s (dense bf16) and memory."""
     peak_flops: float | None = None
     """Peak FLOP/s of one rank; default: that of the device."""
@@ -115,7 +117,7 @@ class QuickstartConfig:
     """Seed of both runs."""
     steps: int = 1000
     """Updates of each model, 4096 tokens each."""
-    unique_tokens: int = 20_480
+    unique_tokens: int = 49_152
     """Different tokens in the training data; the more, the later the curves cross."""
 
     def __post_init__(self) -> None:

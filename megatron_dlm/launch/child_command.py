@@ -10,22 +10,27 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+import psutil
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def run_command(arguments: Sequence[str], *, num_ranks: int = 1) -> None:
     """Run `megatron-dlm arguments`, under torchrun if there are several ranks, and show it.
 
-    The child keeps the terminal, so its live progress is seen. A stop signal lets it save and end;
-    then SystemExit is raised. Raises ValueError if it fails; what went wrong it has said itself.
+    The child writes to our terminal, so its live progress is seen. A stop signal lets it save and
+    end, a second one kills it; then SystemExit is raised. Raises ValueError if it fails; what went
+    wrong it has said itself.
     """
-    launcher: list[str] = []
+    launcher = ["-m"]
     shown = ["megatron-dlm"]
     if num_ranks > 1:
         torchrun = ["--standalone", "--nproc-per-node", str(num_ranks), "-m"]
         launcher = ["-m", "torch.distributed.run", *torchrun]
         shown = ["torchrun", *torchrun, "megatron_dlm"]
     print(f"\n$ {shlex.join([*shown, *arguments])}", flush=True)
-    program = [sys.executable, *(launcher or ["-m"]), "megatron_dlm", *arguments]
-    status, stopped_by = _run_to_the_end(program)
+    program = [sys.executable, *launcher, "megatron_dlm", *arguments]
+    status, stopped_by = _run_to_the_end(program, has_launcher=num_ranks > 1)
     if stopped_by is not None:
         print("stopped; the same command goes on from here", flush=True)
         raise SystemExit(128 + stopped_by)
@@ -36,19 +41,25 @@ def run_command(arguments: Sequence[str], *, num_ranks: int = 1) -> None:
         )
 
 
-def _run_to_the_end(program: Sequence[str]) -> tuple[int, int | None]:
-    """Exit status, and the signal that asked this process to stop while the child ran."""
+def _run_to_the_end(program: Sequence[str], *, has_launcher: bool) -> tuple[int, int | None]:
+    """Exit status, and the first signal that asked this process to stop while the child ran."""
     received: list[int] = []
-    # One thread per rank: several ranks with several threads each only fight over the cores.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
 
-    def remember(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if number == signal.SIGTERM:  # Ctrl-C reaches the child by itself
-            child.send_signal(number)
+        if len(received) == 1:
+            _ask_to_stop(child, has_launcher=has_launcher)
+        else:
+            os.killpg(child.pid, signal.SIGKILL)
 
-    child = subprocess.Popen(program, env=environment)
-    previous = {number: signal.signal(number, remember) for number in _STOP_SIGNALS}
+    child = subprocess.Popen(
+        program,
+        # One thread per rank: several ranks with several threads each only fight over the cores.
+        env={"OMP_NUM_THREADS": "1", **os.environ},
+        # Ctrl-C reaches us alone. torchrun would answer it with a traceback and a deadline.
+        start_new_session=True,
+    )
+    previous = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
     try:
         status = child.wait()
     finally:
@@ -57,4 +68,12 @@ def _run_to_the_end(program: Sequence[str]) -> tuple[int, int | None]:
     return status, received[0] if received else None
 
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+def _ask_to_stop(child: subprocess.Popen[bytes], *, has_launcher: bool) -> None:
+    """SIGTERM to the ranks, which save and end; their launcher then ends by itself."""
+    try:
+        process = psutil.Process(child.pid)
+        ranks = process.children() if has_launcher else []
+        for target in ranks or [process]:
+            target.terminate()
+    except psutil.NoSuchProcess:
+        pass  # it has ended by itself

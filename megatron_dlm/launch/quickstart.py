@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dlm.checkpoint.retention import LATEST_NAME
 from megatron_dlm.config.commands import QuickstartConfig
 from megatron_dlm.launch.child_command import run_command
 from megatron_dlm.launch.quickstart_corpus import write_corpus
@@ -73,6 +74,7 @@ def quickstart(config: QuickstartConfig) -> None:
     _check(config)
     root = Path(config.output_dir)
     console = Console(highlight=False)
+    console.print("Five steps, about five minutes on two idle cores. Stop and go on as you like.")
     _headline(console, 1, "a corpus: the sources of Python's standard library")
     _prepare_data(root)
     for number, name in enumerate(RUNS, start=2):
@@ -166,7 +168,7 @@ def _run_config(config: QuickstartConfig, name: str) -> str:
 
 
 def _latest_step(run: Path) -> int:
-    path = run / "checkpoints" / "latest_checkpointed_iteration.txt"
+    path = run / "checkpoints" / LATEST_NAME
     return int(path.read_text()) if path.exists() else 0
 
 
@@ -179,12 +181,16 @@ def _sample(root: Path, seed: int, console: Console) -> None:
         blocks = []
         for name, (_, label) in RUNS.items():
             with console.status(f"sampling: {label}"):
-                texts = sample_run(root / name, _PROMPTS, num_tokens=_SAMPLE_TOKENS, seed=seed)
+                texts = sample_run(
+                    root / name, _PROMPTS, num_tokens=_SAMPLE_TOKENS, temperature=0.8, seed=seed
+                )
             blocks += [
                 f"=== {label}, prompt {p!r}\n{t}\n" for p, t in zip(_PROMPTS, texts, strict=True)
             ]
+        # A young model emits any byte, also those that would reprogram a terminal.
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in "\n".join(blocks))
         temporary = output.with_name(output.name + ".tmp")
-        temporary.write_text("\n".join(blocks), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, output)
     console.print(output.read_text(encoding="utf-8"), markup=False)
 
@@ -195,35 +201,43 @@ def _tell_results(console: Console, summary: CurveSummary) -> None:
         last = summary.last[label].nats_per_token
         table.add_row(label, f"{best.nats_per_token:.3f}", f"{best.epoch:.0f}", f"{last:.3f}")
     console.print(table)
+    ar, masked = summary.best.values()
     if summary.crossing is None:
-        console.print("The curves have not crossed yet; more --steps or fewer --unique_tokens.")
-        return
+        console.print("The curves have not crossed; try more --steps or fewer --unique_tokens.")
+    else:
+        console.print(
+            f"The curves cross at epoch {summary.crossing.epoch:.0f}. After it the autoregressive "
+            "model, which has learnt its text by heart, is worse on new text than the diffusion "
+            "model's upper bound."
+        )
+    ahead = "autoregressive" if ar.nats_per_token < masked.nats_per_token else "diffusion"
     console.print(
-        f"The curves cross at epoch {summary.crossing.epoch:.0f}: from there on the diffusion "
-        "model's upper bound lies below the autoregressive model's loss, which repeats its data "
-        "by heart. Comparing the best values of both is the stricter test."
+        f"The stricter test compares the best values, each run stopped in time: here the {ahead} "
+        "model is ahead."
     )
 
 
 def _tell_where(console: Console, config: QuickstartConfig) -> None:
     root = Path(config.output_dir)
-    table = Table("what", "where", box=None)
+    masked = root / "masked.yaml"
+    console.print("\nWhere everything is:", style="bold")
     for what, where in {
-        "the picture": "curves.png",
-        "text from both models": "samples.txt",
-        "run configurations": "ar.yaml, masked.yaml",
-        "runs: metrics, logs, checkpoints": "ar/, masked/",
-        "tokenizer, shards, corpus": "tokenizer/, data/, corpus/",
+        "the picture": ["curves.png"],
+        "text from both models": ["samples.txt"],
+        "run configurations": [f"{name}.yaml" for name in RUNS],
+        "metrics, logs, checkpoints": list(RUNS),
+        "tokenizer, shards, corpus": ["tokenizer", "data", "corpus"],
     }.items():
-        table.add_row(what, ", ".join(str(root / part) for part in where.split(", ")))
-    console.print()
-    console.print(table)
+        paths = "  ".join(str(root / part) for part in where)
+        console.print(f"  {what:<28}{paths}", soft_wrap=True, markup=False)
     console.print("\nTry next:", style="bold")
-    for command in (
-        f"tensorboard --logdir {root}",
-        f"megatron-dlm quickstart --output_dir {root}_more --unique_tokens 65536",
-        f"megatron-dlm plan --config {root / 'masked.yaml'}",
-        f"torchrun --nproc-per-node 2 -m megatron_dlm train --config {root / 'masked.yaml'} "
-        f"--train.output_dir {root / 'masked_tp2'} --parallel.tensor_model_parallel_size 2",
-    ):
-        console.print(f"  {command}", soft_wrap=True, markup=False)
+    for what, command in {
+        "four times the text": f"megatron-dlm quickstart --output_dir {root}_more_text "
+        f"--unique_tokens {4 * config.unique_tokens}",
+        "the runs in TensorBoard": f"tensorboard --logdir {root}",
+        "the cost of a run": f"megatron-dlm plan --config {masked}",
+        "the same run, every layer split over two ranks": "torchrun --nproc-per-node 2 "
+        f"-m megatron_dlm train --config {masked} --train.output_dir {root / 'masked_tp2'} "
+        "--parallel.tensor_model_parallel_size 2",
+    }.items():
+        console.print(f"  # {what}\n  {command}", soft_wrap=True, markup=False)

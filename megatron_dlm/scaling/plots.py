@@ -66,7 +66,7 @@ def plot_validation_curves(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_ylim(*_visible_range(list(curves.values())))
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.9, edgecolor="none")
     figure.suptitle(title, fontsize=12)
     axes.set_title(subtitle, fontsize=9, color="0.35")
     temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")

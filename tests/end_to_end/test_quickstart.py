@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
-from command_line import Ended, metrics, start
+from command_line import Ended, Job, latest, metrics, start
 
 from megatron_dlm.config.commands import QuickstartConfig
 from megatron_dlm.config.parse import parse
@@ -15,10 +17,14 @@ from megatron_dlm.launch.quickstart import quickstart
 STEPS = 6
 
 
-def run_quickstart(directory: Path, **changes: object) -> Ended:
+def start_quickstart(directory: Path, **changes: object) -> Job:
     settings = {"output_dir": directory / "out", "steps": STEPS, "unique_tokens": 4096, **changes}
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    return start(["quickstart", *flags], directory / "log").end(timeout=280)
+    return start(["quickstart", *flags], directory / "log")
+
+
+def run_quickstart(directory: Path) -> Ended:
+    return start_quickstart(directory).end(timeout=280)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +78,23 @@ def test_a_second_start_repeats_nothing(finished: tuple[Path, Ended]) -> None:
     assert {path: path.stat().st_mtime_ns for path in kept} == before
     assert first.output.count("\n$ ") == 5
     assert second.output.count("\n$ ") == 0
+
+
+def test_a_stop_signal_saves_and_ends_without_a_traceback(
+    finished: tuple[Path, Ended], tmp_path: Path
+) -> None:
+    root = tmp_path / "out"
+    for part in ("corpus", "tokenizer", "data"):
+        shutil.copytree(finished[0] / "out" / part, root / part)
+    job = start_quickstart(tmp_path, steps=100_000)
+    job.wait_for(lambda: (root / "ar" / "metrics.jsonl").exists() and bool(metrics(root / "ar")))
+    job.process.send_signal(signal.SIGTERM)
+    ended = job.end()
+    assert ended.code == 128 + signal.SIGTERM
+    assert "Traceback" not in ended.errors
+    assert "the same command goes on from here" in ended.output
+    assert latest(root / "ar") >= 10
+    assert not (root / "masked").exists()
 
 
 def test_a_failing_step_is_one_line(tmp_path: Path) -> None:
