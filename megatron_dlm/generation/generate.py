@@ -39,8 +39,8 @@ def sample_run(
 ) -> list[str]:
     """Each prompt with its continuation by `num_tokens` tokens, from the newest checkpoint.
 
-    Autoregressive runs sample left to right; masked runs reveal one token per step, most confident
-    first. Raises ValueError when the directory holds no run, checkpoint or tokenizer.
+    Autoregressive runs sample left to right; masked runs by the reverse process, in as many steps as
+    tokens. Raises ValueError when the directory holds no run, checkpoint or tokenizer.
     """
     texts = []
     with loaded(run_directory) as model:
@@ -115,7 +115,7 @@ def _sample(
         num_tokens=num_tokens,
         num_steps=num_tokens,
         mask_id=tokenizer.mask_id,
-        order="low_confidence",
+        order="ancestral",
         temperature=temperature,
         forbidden_ids=forbidden,
         seed=seed,
