@@ -39,8 +39,8 @@ def sample_run(
 ) -> list[str]:
     """Each prompt with its continuation by `num_tokens` tokens, from the newest checkpoint.
 
-    Autoregressive runs sample left to right; masked runs by the reverse process, in as many steps as
-    tokens. Raises ValueError when the directory holds no run, checkpoint or tokenizer.
+    Autoregressive runs sample left to right; masked runs by the reverse process, one step per
+    token. Raises ValueError when the directory holds no run, checkpoint or tokenizer.
     """
     texts = []
     with loaded(run_directory) as model:

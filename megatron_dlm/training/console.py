@@ -12,7 +12,7 @@ from megatron_dlm.training.log_entry import LogEntry, clock
 
 
 class ConsoleLog:
-    """Progress, losses, speed and the time left, measured from this session's own steps."""
+    """Progress, losses, speed and the time left, measured from this process's own steps."""
 
     def __init__(
         self, label: str, total_steps: int, resume_step: int, console: Console | None = None

@@ -64,7 +64,7 @@ def _cut_after(path: Path, resume_step: int) -> None:
 
 
 class TextLog:
-    """train.log: the lines of the console, with the time; grows over all sessions of the run."""
+    """train.log: the lines of the console, with the time; grows over all starts of the run."""
 
     def __init__(self, path: Path, total_steps: int) -> None:
         self._total_steps = total_steps

@@ -14,8 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_dlm import __version__
 from megatron_dlm.checkpoint.retention import (
     Checkpoint,
@@ -23,7 +21,7 @@ from megatron_dlm.checkpoint.retention import (
     whole_checkpoints,
     write_whole,
 )
-from megatron_dlm.config.parse import dump
+from megatron_dlm.config.parse import dump, parse
 from megatron_dlm.config.schema import RunConfig
 
 _CONFIG_NAME, _RUN_NAME = "config.yaml", "run.json"
@@ -87,15 +85,13 @@ class RunDirectory:
         path = self.path / _CONFIG_NAME
         if not path.exists():
             return
-        try:
-            old = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}; restore or remove it") from None
+        # Parsed, so that keys which an older version did not have count with their defaults.
+        old = asdict(parse(RunConfig, ["--config", str(path)], "megatron-dlm train"))
         for section, values in asdict(config).items():
             if section in _FREE_SECTIONS:
                 continue
             for name, value in values.items():
-                stored = old.get(section, {}).get(name)
+                stored = old[section][name]
                 if name not in _FREE_FIELDS.get(section, ()) and stored != value:
                     raise ValueError(
                         f"{self.path} holds a run with {section}.{name} {stored}, this one has "
