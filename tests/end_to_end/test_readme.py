@@ -1,0 +1,47 @@
+"""The commands of the README, copied from the page; training runs are shortened."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import start
+from shell_blocks import commands, own_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = {
+    "quickstart": ["--steps=2", "--unique_tokens=2048"],
+    "train": ["--train.steps=4", "--schedule.warmup_steps=1", "--validation.interval_steps=4"],
+}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the page speaks of, after `make quickstart`."""
+    directory = tmp_path_factory.mktemp("checkout")
+    shutil.copy(ROOT / "README.md", directory)
+    for name in ("docs", "examples"):
+        shutil.copytree(ROOT / name, directory / name)
+    ended = start(["quickstart", *SHORT["quickstart"]], directory / "quickstart_log").end(280)
+    assert ended.code == 0, ended.errors
+    return directory
+
+
+def test_commands_run_as_shown(checkout: Path) -> None:
+    run = []
+    for number, words in enumerate(commands((ROOT / "README.md").read_text(encoding="utf-8"))):
+        arguments = own_arguments(words)
+        if arguments is None:
+            continue
+        flag = "--nproc-per-node"
+        num_ranks = int(words[words.index(flag) + 1]) if flag in words else 1
+        flags = SHORT.get(arguments[0], [])
+        if arguments[0] == "train":  # each from its first step
+            flags = [*flags, f"--train.output_dir=runs/{number}"]
+        job = start([*arguments, *flags], checkout / f"log_{number}", num_ranks=num_ranks)
+        ended = job.end()
+        assert ended.code == 0, f"{words}\n{ended.errors}"
+        run.append((arguments[0], num_ranks))
+    assert [name for name, _ in run] == ["tokenizer", "preprocess", "plan", "train", "train"]
+    assert run[-2:] == [("train", 1), ("train", 4)]
