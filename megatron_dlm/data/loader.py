@@ -57,7 +57,7 @@ class Corpus:
         self.num_windows = sum(dataset.windows.num_windows for dataset in datasets)
         """Samples in one epoch."""
         self.digest = digest
-        """Identifies shards, weights, budget, sequence length and seed, wherever the files lie."""
+        """Identifies shards and their text, weights, budget, sequence length and seed; no paths."""
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """Sample number -> (dataset, epoch of that dataset, window)."""
@@ -134,7 +134,10 @@ def open_corpus(
         stream = TokenStream(shard, num_tokens=num_tokens, key=key)
         datasets.append(_Dataset(stream, Windows(num_tokens, seq_length)))
     facts = {
-        "shards": [[os.path.basename(s.prefix), s.num_tokens, s.num_documents] for s in shards],
+        "shards": [
+            [os.path.basename(s.prefix), s.num_tokens, s.num_documents, s.fingerprint()]
+            for s in shards
+        ],
         "weights": weights,
         "seed": seed,
         "unique_tokens": unique_tokens,

@@ -7,6 +7,7 @@ lengths, int64 [n] byte offsets, int64 [m] first sequence of each document and t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from array import array
@@ -31,6 +32,7 @@ _DTYPES: dict[int, type[np.generic]] = {
 }
 # Below this vocabulary Megatron stores 16 bits.
 _UINT16_VOCAB_SIZE = 65500
+_FINGERPRINT_TOKENS = 1 << 14
 _REWRITE = "write it again with `megatron-dlm preprocess`, or copy it again from its source"
 
 
@@ -136,6 +138,12 @@ class Shard:
         """Token ids [start, start + length) in file order, as a view of the mmap."""
         assert 0 <= start <= self.num_tokens - length, (start, length)
         return self._tokens[start : start + length]
+
+    def fingerprint(self) -> str:
+        """sha256 of both ends of the token file: cheap at any size, different for other text."""
+        count = min(self.num_tokens, _FINGERPRINT_TOKENS)
+        ends = (self.tokens(0, count), self.tokens(self.num_tokens - count, count))
+        return hashlib.sha256(b"".join(end.tobytes() for end in ends)).hexdigest()
 
     def document(self, number: int) -> np.ndarray:
         """Token ids of one document, as a view of the mmap."""

@@ -199,6 +199,18 @@ def test_digest_identifies_the_data_and_not_its_place(shards: Path, tmp_path: Pa
     assert len({base, *(corpus.digest for corpus in others)}) == 7
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_digest_notices_other_text_of_the_same_length(
+    shards: Path, tmp_path: Path, place: int
+) -> None:
+    for file in shards.iterdir():
+        shutil.copy(file, tmp_path)
+    tokens = np.fromfile(tmp_path / "a.bin", dtype=np.uint16)
+    tokens[place] ^= 1
+    tokens.tofile(tmp_path / "a.bin")
+    assert make(tmp_path).digest != make(shards).digest
+
+
 def test_a_budget_larger_than_the_corpus_is_refused(shards: Path) -> None:
     with pytest.raises(ValueError, match=r"asks for 1004 tokens, but .*/a holds 1003"):
         make(shards, unique_tokens=1004)
