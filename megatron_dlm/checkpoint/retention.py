@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_dlm.runtime.files import write_whole
 
 MANIFEST_NAME = "megatron_dlm.json"
 LATEST_NAME = "latest_checkpointed_iteration.txt"
@@ -35,16 +36,6 @@ def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
     """The last file written into a checkpoint: what it holds and how large every file is."""
     sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
     write_whole(directory / MANIFEST_NAME, json.dumps({**content, "file_bytes": sizes}, indent=1))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file under a temporary name, flush it to disk, then rename it."""
-    temporary = path.with_name(path.name + UNFINISHED_SUFFIX)
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def whole_checkpoints(root: Path) -> tuple[list[Checkpoint], list[str]]:

@@ -40,6 +40,7 @@ from megatron_dlm.checkpoint.state import (
 from megatron_dlm.config.schema import CheckpointConfig
 from megatron_dlm.models.build import LanguageModel
 from megatron_dlm.runtime.errors import AgreedError
+from megatron_dlm.runtime.files import write_whole
 from megatron_dlm.runtime.parallel import ParallelContext
 
 FORMAT = 1
@@ -141,7 +142,7 @@ class CheckpointStore:
                 if target.exists():
                     shutil.rmtree(target)
                 unfinished.rename(target)
-                retention.write_whole(self._root / retention.LATEST_NAME, f"{step}\n")
+                write_whole(self._root / retention.LATEST_NAME, f"{step}\n")
                 retention.remove_old(
                     self._root,
                     keep_last=self._config.keep_last,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_FILE_NAME = "metadata.json"
+METADATA_FILE = "metadata.json"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TokenizerMetadata:
 
 def read_tokenizer_metadata(directory: str) -> TokenizerMetadata:
     """Read and check `<directory>/metadata.json`; ValueError names the file and what is wrong."""
-    path = Path(directory) / _FILE_NAME
+    path = Path(directory) / METADATA_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -224,14 +224,15 @@ def batches(
     def read_step(step: int) -> list[TokenBatch]:
         first = step * global_batch_size + data_rank * micro_batch_size
         return [
-            _read_micro_batch(corpus, first + offset, micro_batch_size)
+            read_micro_batch(corpus, first + offset, micro_batch_size)
             for offset in range(0, global_batch_size, samples_at_once)
         ]
 
     return prefetch(read_step, range(start_step, start_step + num_steps), depth=_PREFETCHED_STEPS)
 
 
-def _read_micro_batch(corpus: Corpus, first: int, count: int) -> TokenBatch:
+def read_micro_batch(corpus: Corpus, first: int, count: int) -> TokenBatch:
+    """Samples [first, first + count) of the order."""
     samples = [corpus.sample(index) for index in range(first, first + count)]
     return TokenBatch(
         tokens=torch.from_numpy(np.stack([tokens for tokens, _ in samples])),

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_dlm.runtime.files import write_whole
+
 FORMAT = 1
 
 
@@ -34,14 +36,7 @@ class Manifest:
     format: int = FORMAT
 
     def write(self, prefix: str | os.PathLike[str]) -> None:
-        path = manifest_path(prefix)
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(asdict(self), stream, indent=1)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        write_whole(manifest_path(prefix), json.dumps(asdict(self), indent=1) + "\n")
 
     @staticmethod
     def read(prefix: str | os.PathLike[str]) -> Manifest | None:

@@ -19,10 +19,10 @@ import sentencepiece
 from rich.console import Console
 
 from megatron_dlm.config.commands import TokenizerConfig
+from megatron_dlm.config.tokenizer_metadata import METADATA_FILE
 from megatron_dlm.data.readers import find_files, read_documents
 from megatron_dlm.data.tokenizer import MODEL_FILE, load_tokenizer, normalize
 
-METADATA_FILE = "metadata.json"
 _PAD, _BOS, _EOD, _UNKNOWN, _MASK = range(5)
 # A longer line is learnt from in pieces; SentencePiece would drop it.
 _SENTENCE_CHARACTERS = 2048

@@ -6,7 +6,6 @@ Every step leaves files; a step whose files are whole is not taken again.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +15,11 @@ from rich.table import Table
 
 from megatron_dlm.checkpoint.retention import LATEST_NAME
 from megatron_dlm.config.commands import QuickstartConfig
+from megatron_dlm.config.tokenizer_metadata import METADATA_FILE
+from megatron_dlm.data.manifest import manifest_path
 from megatron_dlm.launch.child_command import run_command
 from megatron_dlm.launch.quickstart_corpus import write_corpus
+from megatron_dlm.runtime.files import write_whole
 from megatron_dlm.scaling.plots import CurveSummary, plot_validation_curves
 
 GLOBAL_BATCH_SIZE = 64
@@ -115,12 +117,12 @@ def _prepare_data(root: Path) -> None:
     texts = {split: root / "corpus" / f"{split}.jsonl" for split in ("train", "valid")}
     if not all(path.exists() for path in texts.values()):
         write_corpus(texts["train"], texts["valid"])
-    if not (tokenizer / "metadata.json").exists():
+    if not (tokenizer / METADATA_FILE).exists():
         flags = {"input": texts["train"], "output_dir": tokenizer, "vocab_size": 512}
         run_command(["tokenizer", *_as_arguments(flags)])
     for split, text in texts.items():
         prefix = root / "data" / split
-        if not Path(f"{prefix}.manifest.json").exists():
+        if not manifest_path(prefix).exists():
             flags = {"input": text, "output_prefix": prefix, "tokenizer": tokenizer}
             run_command(["preprocess", *_as_arguments(flags)])
 
@@ -137,9 +139,7 @@ def _train(config: QuickstartConfig, name: str) -> None:
     if is_same and _latest_step(root / name) == config.steps:
         print(f"done before: {root / name}")
         return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, text)
     run_command(["train", "--config", str(path)], num_ranks=config.num_ranks)
     if _latest_step(root / name) != config.steps:
         raise ValueError(f"{root / name} was stopped early; the same command goes on from here")
@@ -189,9 +189,7 @@ def _sample(root: Path, seed: int, console: Console) -> None:
             ]
         # A young model emits any byte, also those that would reprogram a terminal.
         text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in "\n".join(blocks))
-        temporary = output.with_name(output.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, output)
+        write_whole(output, text)
     console.print(output.read_text(encoding="utf-8"), markup=False)
 
 

@@ -84,7 +84,6 @@ def sharding_metadata(parallel: ParallelContext) -> dict[str, object]:
         # Gather optimizer state on one DP rank instead of on all: host memory is finite.
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": parallel.groups.dp_cp,
-        "chained_optim_avoid_prefix": True,
     }
 
 

@@ -31,10 +31,6 @@ class Device:
         """The torch.distributed backend."""
         return "nccl" if self.is_cuda else "gloo"
 
-    def peak_memory_bytes(self) -> int | None:
-        """Largest memory allocated on the GPU so far; None on CPU."""
-        return torch.cuda.max_memory_allocated(self.torch_device) if self.is_cuda else None
-
 
 def local_rank() -> int:
     """This process's place on its node, from torchrun or Slurm."""

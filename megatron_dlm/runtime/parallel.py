@@ -61,11 +61,6 @@ class ParallelContext:
         """Model chunks on this rank."""
         return self.virtual_pipeline_size or 1
 
-    @property
-    def length_multiple(self) -> int:
-        """Sample lengths must be a multiple of this (SP and CP split the sequence)."""
-        return (self.tensor.size if self.sequence_parallel else 1) * self.context.size
-
     def holds_first_stage(self, chunk: int) -> bool:
         """Model chunk number `chunk` of this rank starts with the embedding."""
         return self.pipeline.rank == 0 and chunk == 0

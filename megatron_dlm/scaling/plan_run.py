@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from megatron_dlm.config.derive import (
 from megatron_dlm.config.hardware import GPUS
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.config.validate import check_layout
+from megatron_dlm.data.manifest import manifest_path
 from megatron_dlm.models.accounting import (
     BatchLayout,
     FlopCount,
@@ -31,6 +31,7 @@ from megatron_dlm.models.accounting import (
     memory_per_rank,
     training_flops_per_token,
 )
+from megatron_dlm.runtime.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _unique_tokens(config: RunConfig) -> int | None:
     """data.unique_tokens, else the sum over the manifests, else None where one is not there."""
     if config.data.unique_tokens is not None:
         return config.data.unique_tokens
-    paths = [Path(f"{prefix}.manifest.json") for prefix in config.data.train]
+    paths = [manifest_path(prefix) for prefix in config.data.train]
     if not paths or not all(path.is_file() for path in paths):
         return None
     return sum(_manifest_tokens(path) for path in paths)
@@ -142,9 +143,7 @@ def _peak_flops(machine: PlanConfig) -> float:
 
 
 def _write_json(plan: RunPlan, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(asdict(plan), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(asdict(plan), indent=1) + "\n")
 
 
 def _print_plan(plan: RunPlan, config: PlanRunConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Mapping
 from datetime import datetime
@@ -11,6 +10,7 @@ from typing import Protocol
 
 import orjson
 
+from megatron_dlm.runtime.files import write_whole
 from megatron_dlm.training.log_entry import LogEntry
 
 
@@ -58,9 +58,7 @@ def _cut_after(path: Path, resume_step: int) -> None:
         if step <= resume_step:
             kept.append(line + b"\n")
     if last or len(kept) < len(lines):
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, path)
+        write_whole(path, b"".join(kept))
 
 
 class TextLog:

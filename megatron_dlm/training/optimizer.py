@@ -47,11 +47,11 @@ def wrap_data_parallel(
         )
         for number, chunk in enumerate(chunks)
     ]
-    for chunk in chunks:
-        chunk.config.finalize_model_grads_func = finalize_model_grads
-        if config.overlap_grad_reduce:
-            no_sync = [ddp.no_sync for ddp in wrapped]
-            chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    shared = chunks[0].config  # one object for all chunks
+    shared.finalize_model_grads_func = finalize_model_grads
+    if config.overlap_grad_reduce:
+        no_sync = [ddp.no_sync for ddp in wrapped]
+        shared.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
 
 

@@ -19,10 +19,10 @@ from megatron_dlm.checkpoint.retention import (
     Checkpoint,
     remove_unfinished,
     whole_checkpoints,
-    write_whole,
 )
 from megatron_dlm.config.parse import dump, parse
 from megatron_dlm.config.schema import RunConfig
+from megatron_dlm.runtime.files import write_whole
 
 _CONFIG_NAME, _RUN_NAME = "config.yaml", "run.json"
 # What a continued run may change: the layout, the reporting, and how long it goes on.

@@ -26,8 +26,9 @@ class Throughput:
         self._started = time.perf_counter()
         micro_batches = next(steps)
         self._waited_seconds += time.perf_counter() - self._started
-        rows, length = len(micro_batches) * len(micro_batches[0].tokens), micro_batches[0].tokens
-        self._num_tokens += rows * (length.shape[1] - 1) * self._data_size
+        num_samples, length_and_next = micro_batches[0].tokens.shape
+        num_tokens = len(micro_batches) * num_samples * (length_and_next - 1)
+        self._num_tokens += num_tokens * self._data_size
         return micro_batches
 
     def step_done(self) -> None:

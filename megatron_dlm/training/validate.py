@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from dataclasses import replace
 
 from megatron_dlm.config.derive import data_parallel_size
 from megatron_dlm.config.schema import RunConfig
-from megatron_dlm.data.loader import Corpus
+from megatron_dlm.data.loader import Corpus, read_micro_batch
 from megatron_dlm.ops.batch import TokenBatch
 from megatron_dlm.runtime.parallel import ParallelContext
 from megatron_dlm.training.optimizer import parameters_gathered
@@ -36,20 +35,15 @@ def validation_micro_batches(
     per_rank = num_rows // parallel.data.size
     first = parallel.data.rank * per_rank
     return [
-        _micro_batch(corpus, range(start, start + micro), num_samples)
+        _micro_batch(corpus, start, micro, num_samples)
         for start in range(first, first + per_rank, micro)
     ]
 
 
-def _micro_batch(corpus: Corpus, places: range, num_samples: int) -> TokenBatch:
-    rows = [corpus.sample(min(place, num_samples - 1)) for place in places]
-    scored = np.array([place < num_samples for place in places])
-    valid = np.stack([valid for _, valid in rows]) & scored[:, None]
-    return TokenBatch(
-        tokens=torch.from_numpy(np.stack([tokens for tokens, _ in rows])),
-        valid=torch.from_numpy(valid),
-        sample_index=torch.tensor(list(places), dtype=torch.int64),
-    )
+def _micro_batch(corpus: Corpus, first: int, count: int, num_samples: int) -> TokenBatch:
+    batch = read_micro_batch(corpus, first, count)
+    is_scored = batch.sample_index < num_samples
+    return replace(batch, valid=batch.valid & is_scored[:, None])
 
 
 def validate(setup: Pass, micro_batches: list[TokenBatch]) -> dict[str, float]:
