@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 
+import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_dlm.models.packed import PackedDocuments
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -43,23 +46,38 @@ class ScaledDotProductAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
+        packed_seq_params: PackedDocuments | None = None,
         **_: object,
     ) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]."""
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
+
+        Packed documents have no batch dimension: query [t, heads, d] -> [t, heads * d]. Each of
+        them attends to itself alone, at the cost of the sum of their squared lengths.
+        """
         assert attention_mask is None, "the pattern is fixed by the layer spec"
         dropout = self.dropout_probability if self.training else 0.0
-        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
         with self._dropout_state(dropout):
-            output = scaled_dot_product_attention(  # all [b, heads, s, d]
-                query,
-                key,
-                value,
-                dropout_p=dropout,
-                is_causal=self.is_causal,
-                scale=self.softmax_scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        return output.permute(2, 0, 1, 3).flatten(2)
+            if packed_seq_params is None:
+                return self._attend(query, key, value, dropout).flatten(2)
+            # split, not slices: its backward pass writes the gradient of the whole only once.
+            lengths = packed_seq_params.lengths
+            parts = (part.unsqueeze(1).split(lengths) for part in (query, key, value))
+            documents = [self._attend(q, k, v, dropout) for q, k, v in zip(*parts, strict=True)]
+            return torch.cat(documents).flatten(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """[s, b, heads or groups, d] -> [s, b, heads, d]."""
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        output = scaled_dot_product_attention(  # all [b, heads, s, d]
+            query,
+            key,
+            value,
+            dropout_p=dropout,
+            is_causal=self.is_causal,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return output.permute(2, 0, 1, 3)
 
     def _dropout_state(self, dropout: float) -> contextlib.AbstractContextManager[None]:
         # Heads differ between TP ranks, so must their masks; under sequence parallelism the whole

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_dlm.config.architecture import AttentionPattern, ModelConfig, ParallelConfig
 from megatron_dlm.models.layer_specs import block_spec
+from megatron_dlm.models.packed import PackedDocuments
 from megatron_dlm.models.parametrization import initialize_weights
 from megatron_dlm.models.transformer_config import transformer_config
 from megatron_dlm.runtime.device import Device
@@ -27,17 +28,30 @@ class LanguageModel(GPTModel):
             self.output_layer.disable_grad_reduce = True
 
     def forward(
-        self, tokens: Tensor | None, position_ids: Tensor | None, scored: Tensor | None = None
+        self,
+        tokens: Tensor | None,
+        position_ids: Tensor | None,
+        scored: Tensor | None = None,
+        packed: PackedDocuments | None = None,
     ) -> Tensor:
         """One pass of this chunk.
 
         tokens, position_ids: int64 [b, s] (None behind the first stage). scored: bool [b, s], read
-        by the last stage only; None scores every slot. Returns logits [n, V/tp] of the n scored
-        slots in row-major [b, s] order, or hidden states [s, b, h] before the last stage.
+        by the last stage only; None scores every slot. packed: the documents of the micro-batch,
+        given to every stage; attention stays inside each of them, and the rows run as one sequence
+        [1, b * s]. Returns logits [n, V/tp] of the n scored slots in row-major [b, s] order, or
+        hidden states [s, b, h] ([b * s, 1, h] when packed) before the last stage.
         """
-        decoder_input, rotary = self._preprocess(input_ids=tokens, position_ids=position_ids)[:2]
+        if packed is not None:
+            tokens, position_ids, scored = map(_one_row, (tokens, position_ids, scored))
+        decoder_input, rotary = self._preprocess(
+            input_ids=tokens, position_ids=position_ids, packed_seq_params=packed
+        )[:2]
         hidden = self.decoder(
-            hidden_states=decoder_input, attention_mask=None, rotary_pos_emb=rotary
+            hidden_states=decoder_input,
+            attention_mask=None,
+            rotary_pos_emb=rotary,
+            packed_seq_params=packed,
         )
         return self._logits(hidden, scored) if self.post_process else hidden
 
@@ -50,6 +64,10 @@ class LanguageModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if tied else None
         logits, _ = self.output_layer(rows, weight=weight)
         return logits
+
+
+def _one_row(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.reshape(1, -1)
 
 
 def build_model(

@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dlm.config.architecture import AttentionPattern
-from megatron_dlm.objectives.base import LossTerms, positions_like, scored_nll, weighted_terms
+from megatron_dlm.objectives.base import (
+    LossTerms,
+    positions,
+    scored_nll,
+    slots_like,
+    weighted_terms,
+)
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import Purpose, Stream, uniform
 
@@ -22,6 +28,9 @@ class AutoregressiveObjective:
     With input masking (Super Data Learners, the ablation with ratios 0 to 0.9) every input token,
     the first one and context included, is replaced by the mask id with probability
     input_masking_ratio; the targets stay clean.
+
+    With documents in the batch a slot sees its own document only. The last slot of a document still
+    predicts the first token of the next, from the document that ends, unless `valid` leaves it out.
     """
 
     vocab_size: int
@@ -40,17 +49,17 @@ class AutoregressiveObjective:
     def prepare(self, batch: TokenBatch, seed: int, stream: Stream) -> ModelInputs:
         """Inputs are tokens 0..S-1, targets tokens 1..S; a slot is valid if its target is."""
         tokens, targets, valid = batch.tokens[:, :-1], batch.tokens[:, 1:], batch.valid[:, 1:]
-        position_ids = positions_like(tokens)
+        slots = slots_like(tokens)
         if self.input_masking_ratio > 0:
             assert self.mask_token_id is not None, "build_objective asks for a mask id"
             draws = uniform(
-                seed, stream, Purpose.INPUT_MASK, batch.sample_index[:, None], position_ids[:1]
+                seed, stream, Purpose.INPUT_MASK, batch.sample_index[:, None], slots[:1]
             )
             tokens = torch.where(draws < self.input_masking_ratio, self.mask_token_id, tokens)
         weights = valid.to(torch.float32)
         return ModelInputs(
             tokens=tokens,
-            position_ids=position_ids,
+            position_ids=positions(slots, batch.input_document),
             targets=targets,
             weights=weights,
             elbo_weights=weights,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dlm.config.architecture import AttentionPattern
-from megatron_dlm.ops.batch import ModelInputs, TokenBatch
+from megatron_dlm.ops.batch import ModelInputs, TokenBatch, document_starts
 from megatron_dlm.ops.counter_rng import Stream
 from megatron_dlm.ops.vocab_parallel import log_prob
 
@@ -91,6 +91,14 @@ def weighted_terms(nll: Tensor, slots: Tensor, inputs: ModelInputs) -> LossTerms
     return LossTerms(loss_sum=loss_sum, token_count=token_count, metrics=metrics)
 
 
-def positions_like(tokens: Tensor) -> Tensor:
-    """int64 [b, s]: 0 to s-1 in every row."""
+def slots_like(tokens: Tensor) -> Tensor:
+    """int64 [b, s]: 0 to s-1 in every row; what noise is keyed by, documents or not."""
     return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+
+
+def positions(slots: Tensor, document: Tensor | None) -> Tensor:
+    """int64 [b, s]: where every slot stands in its document, or in its row if there are none."""
+    if document is None:
+        return slots
+    starts = torch.where(document_starts(document), slots, 0)
+    return slots - starts.cummax(dim=1).values

@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dlm.config.architecture import AttentionPattern
-from megatron_dlm.objectives.base import LossTerms, positions_like, scored_nll, weighted_terms
+from megatron_dlm.objectives.base import (
+    LossTerms,
+    positions,
+    scored_nll,
+    slots_like,
+    weighted_terms,
+)
 from megatron_dlm.objectives.schedules import Schedule
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import (
@@ -84,11 +90,9 @@ class MaskedObjective:
     def prepare(self, batch: TokenBatch, seed: int, stream: Stream) -> ModelInputs:
         """Mask the first S tokens; invalid slots stay as clean context and are never scored."""
         targets, valid = batch.tokens[:, :-1], batch.valid[:, :-1]
-        position_ids = positions_like(targets)
+        slots = slots_like(targets)
         draw = self._noise_draw(batch.sample_index, seed, stream)[:, None]
-        bits = random_bits(
-            seed, stream, Purpose.MASK, batch.sample_index[:, None], position_ids[:1]
-        )
+        bits = random_bits(seed, stream, Purpose.MASK, batch.sample_index[:, None], slots[:1])
         if self.weighting == "count":
             corruption = mask_by_count(draw, bits, valid)
         else:
@@ -98,7 +102,7 @@ class MaskedObjective:
         is_bound = self.weighting in ("elbo", "count")
         return ModelInputs(
             tokens=torch.where(masked, self.mask_token_id, targets),
-            position_ids=position_ids,
+            position_ids=positions(slots, batch.input_document),
             targets=targets,
             weights=elbo_weights if is_bound else masked.to(torch.float32),
             elbo_weights=elbo_weights,
@@ -157,7 +161,7 @@ def mask_by_count(draw: Tensor, bits: Tensor, valid: Tensor) -> Corruption:
     keys = torch.where(valid, bits, torch.iinfo(torch.int64).max)
     rank = torch.empty_like(bits)
     order = torch.argsort(keys, dim=1, stable=True)
-    rank.scatter_(1, order, positions_like(bits))
+    rank.scatter_(1, order, slots_like(bits))
     share = count / num_valid.clamp(min=1).double()
     return Corruption(
         masked=(rank < count) & valid,

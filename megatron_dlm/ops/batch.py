@@ -25,19 +25,37 @@ class TokenBatch:
     """bool [b, S+1]; False marks context or filler, which is never scored."""
     sample_index: Tensor
     """int64 [b], place in the global training order; never repeats, also not in later epochs."""
+    document: Tensor | None = None
+    """int64 [b, S+1], number of the document inside its row: 0, 1, 2 …, never falling.
+
+    Filler behind the last document has a number of its own. Attention then stays inside a document
+    and positions begin anew in each; None lets attention cross documents.
+    """
+
+    @property
+    def input_document(self) -> Tensor | None:
+        """int64 [b, S]: `document` of the tokens that models read, the first S."""
+        return None if self.document is None else self.document[:, :-1]
 
     def crop(self, length: int) -> TokenBatch:
         """Keep the first `length` tokens of every sample and the one token after them."""
         assert 0 < length < self.tokens.shape[1], (length, tuple(self.tokens.shape))
         columns = length + 1
-        return TokenBatch(self.tokens[:, :columns], self.valid[:, :columns], self.sample_index)
+        return TokenBatch(
+            tokens=self.tokens[:, :columns],
+            valid=self.valid[:, :columns],
+            sample_index=self.sample_index,
+            document=None if self.document is None else self.document[:, :columns],
+        )
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """Move every field; copies from pinned memory do not wait."""
+        document = self.document
         return TokenBatch(
             tokens=self.tokens.to(device, non_blocking=True),
             valid=self.valid.to(device, non_blocking=True),
             sample_index=self.sample_index.to(device, non_blocking=True),
+            document=None if document is None else document.to(device, non_blocking=True),
         )
 
 
@@ -48,7 +66,7 @@ class ModelInputs:
     tokens: Tensor
     """int64, what the model reads."""
     position_ids: Tensor
-    """int64, 0 to s-1 in every row."""
+    """int64, 0 to s-1 in every row; from 0 again in every document where there are documents."""
     targets: Tensor
     """int64, the clean token that the slot has to predict."""
     weights: Tensor
@@ -66,3 +84,10 @@ class ModelInputs:
     def scored(self) -> Tensor:
         """bool [b, s]: the slots on which the output layer has to run."""
         return (self.weights != 0) | (self.elbo_weights != 0)
+
+
+def document_starts(document: Tensor) -> Tensor:
+    """bool [b, s]: slots where a document begins; the first slot of every row does."""
+    starts = torch.ones_like(document, dtype=torch.bool)
+    starts[:, 1:] = document[:, 1:] != document[:, :-1]
+    return starts

@@ -13,6 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_dlm.models.packed import PackedDocuments, packed_sequences
 from megatron_dlm.objectives.base import Objective
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import Stream
@@ -49,15 +50,20 @@ def run_micro_batches(setup: Pass, micro_batches: list[TokenBatch], *, forward_o
 
     Gradients end up summed over all ranks and divided by the global token count.
     """
-    length = micro_batches[0].tokens.shape[1] - 1
+    num_rows, columns = micro_batches[0].tokens.shape
+    length = setup.objective.model_length(columns - 1)
+    has_documents = micro_batches[0].document is not None
+    assert all((batch.document is not None) == has_documents for batch in micro_batches)
+    if has_documents:  # the rows travel as one sequence
+        num_rows, length = 1, num_rows * length
     iterators: list[Iterator[TokenBatch]] = [iter(micro_batches) for _ in setup.chunks]
     get_forward_backward_func()(
         forward_step_func=partial(_forward_step, setup),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(setup.chunks),
         num_microbatches=len(micro_batches),
-        seq_length=setup.objective.model_length(length),
-        micro_batch_size=micro_batches[0].tokens.shape[0],
+        seq_length=length,
+        micro_batch_size=num_rows,
         forward_only=forward_only,
     )
 
@@ -66,13 +72,20 @@ def _forward_step(
     setup: Pass, batches: Iterator[TokenBatch], chunk: DistributedDataParallel
 ) -> tuple[Tensor, Any]:
     """The first and the last stage both derive the same inputs, so no mask ever travels."""
-    batch = next(batches).to(setup.device.torch_device)
+    batch = next(batches)
+    packed = _packed(batch, setup.device)
     model = chunk.module
     if not (model.pre_process or model.post_process):
-        return chunk(None, None), None
-    inputs = setup.objective.prepare(batch, setup.seed, setup.stream)
-    output = chunk(inputs.tokens, inputs.position_ids, inputs.scored)
+        return chunk(None, None, None, packed), None
+    inputs = setup.objective.prepare(batch.to(setup.device.torch_device), setup.seed, setup.stream)
+    output = chunk(inputs.tokens, inputs.position_ids, inputs.scored, packed)
     return output, partial(_finish_loss, setup, inputs)
+
+
+def _packed(batch: TokenBatch, device: Device) -> PackedDocuments | None:
+    """From the batch on the host: the lengths of the documents are needed there."""
+    document = batch.input_document
+    return None if document is None else packed_sequences(document, device.torch_device)
 
 
 def _finish_loss(

@@ -27,12 +27,14 @@ MODELS = {
     ),
 }
 NUM_STEPS = 3
-_references: dict[tuple[str, str], list[dict[str, Any]]] = {}
+_references: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
 
 
-def reference(ranks: RankPool, objective: str, model: str) -> list[dict[str, Any]]:
+def reference(
+    ranks: RankPool, objective: str, model: str, *, documents: bool = False
+) -> list[dict[str, Any]]:
     """The whole batch on one rank, computed once per session."""
-    key = (objective, model)
+    key = (objective, model, documents)
     if key not in _references:
         _references[key] = ranks.run(
             run_layout,
@@ -40,6 +42,7 @@ def reference(ranks: RankPool, objective: str, model: str) -> list[dict[str, Any
             OBJECTIVES[objective],
             MODELS[model],
             NUM_STEPS,
+            documents,
             num_ranks=1,
         )
     return _references[key]
@@ -68,10 +71,16 @@ def check_equal(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Non
         np.testing.assert_allclose(gradients[name], values, rtol=0, atol=1e-5 * scale, err_msg=name)
 
 
-def run(ranks: RankPool, where: Layout, objective: str, model: ModelConfig) -> list[dict[str, Any]]:
-    return ranks.run(
-        run_layout, where, OBJECTIVES[objective], model, NUM_STEPS, num_ranks=where.num_ranks
-    )
+def run(
+    ranks: RankPool,
+    where: Layout,
+    objective: str,
+    model: ModelConfig,
+    *,
+    documents: bool = False,
+) -> list[dict[str, Any]]:
+    arguments = (where, OBJECTIVES[objective], model, NUM_STEPS, documents)
+    return ranks.run(run_layout, *arguments, num_ranks=where.num_ranks)
 
 
 @pytest.mark.parametrize("objective", ["autoregressive", "elbo"])
@@ -96,6 +105,36 @@ def test_other_models(ranks: RankPool, name: str, model: str) -> None:
     where = next(where for where in LAYOUTS if where.name == name)
     ours = run(ranks, where, "elbo", MODELS[model])
     check_equal(ours, reference(ranks, "elbo", model))
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "model"),
+    [
+        ("micro 1", "autoregressive", "tied"),
+        ("micro 8", "elbo", "tied"),
+        ("TP2", "elbo", "tied"),
+        ("TP2 + SP", "autoregressive", "tied"),
+        ("PP2", "autoregressive", "tied"),
+        ("PP2 + VPP2", "elbo", "tied"),
+        ("DP2", "elbo", "tied"),
+        ("TP2 + SP x PP2 + VPP2", "autoregressive", "tied"),
+        ("PP4", "elbo", "tied"),
+        ("TP2 x PP2", "elbo", "gelu, full recompute"),
+        ("TP2 + SP", "elbo", "squared relu, selective recompute"),
+    ],
+)
+def test_documents_on_a_layout(ranks: RankPool, name: str, objective: str, model: str) -> None:
+    where = next(where for where in LAYOUTS if where.name == name)
+    ours = run(ranks, where, objective, MODELS[model], documents=True)
+    check_equal(ours, reference(ranks, objective, model, documents=True))
+
+
+@pytest.mark.parametrize("objective", ["autoregressive", "elbo"])
+def test_documents_change_the_loss_and_not_the_noise(ranks: RankPool, objective: str) -> None:
+    [inside] = reference(ranks, objective, "tied", documents=True)
+    [across] = reference(ranks, objective, "tied")
+    assert inside["noise"] == across["noise"]
+    assert abs(inside["first"]["nelbo"] - across["first"]["nelbo"]) > 1e-3
 
 
 def test_the_check_notices_a_wrong_gradient(ranks: RankPool) -> None:

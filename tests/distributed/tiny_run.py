@@ -70,8 +70,11 @@ def model_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**defaults, **changes})
 
 
-def token_batch(first: int, count: int, seq_length: int) -> TokenBatch:
-    """Samples [first, first + count) of a fixed made-up text; a few slots are not valid."""
+def token_batch(first: int, count: int, seq_length: int, *, documents: bool) -> TokenBatch:
+    """Samples [first, first + count) of a fixed made-up text; a few slots are not valid.
+
+    documents: every row is a handful of documents, of lengths from one token up.
+    """
     rows = [
         np.random.default_rng(1000 + index).integers(0, VOCAB_SIZE - 1, seq_length + 1)
         for index in range(first, first + count)
@@ -79,15 +82,28 @@ def token_batch(first: int, count: int, seq_length: int) -> TokenBatch:
     valid = torch.ones(count, seq_length + 1, dtype=torch.bool)
     if first == 0:
         valid[0, :3] = False
+    index = torch.arange(first, first + count)
     return TokenBatch(
         tokens=torch.from_numpy(np.stack(rows)),
         valid=valid,
-        sample_index=torch.arange(first, first + count),
+        sample_index=index,
+        document=made_up_documents(index, seq_length + 1) if documents else None,
     )
 
 
+def made_up_documents(sample_index: torch.Tensor, length: int) -> torch.Tensor:
+    """int64 [b, length]: a document ends behind a token with probability 0.2."""
+    draws = [np.random.default_rng(2000 + index).random(length) for index in sample_index.tolist()]
+    ends = np.stack(draws) < 0.2
+    return torch.from_numpy(np.cumsum(ends, axis=1) - ends)
+
+
 def run_layout(
-    where: Layout, objective: ObjectiveConfig, model: ModelConfig, num_steps: int
+    where: Layout,
+    objective: ObjectiveConfig,
+    model: ModelConfig,
+    num_steps: int,
+    documents: bool = False,
 ) -> dict[str, Any]:
     """Metrics and gradient norm of each step, noise and whole gradient of the first (this rank)."""
     from megatron_dlm.models.build import build_model
@@ -115,10 +131,10 @@ def run_layout(
         wrapped = wrap_data_parallel(chunks, where.parallel, parallel)
         overlapped = where.parallel.overlap_param_gather
         # Adam's first updates have the size of lr even where a gradient is only rounding noise:
-        # a large lr would blow rounding differences up.
-        optimizer = build_optimizer(
-            wrapped, OptimizerConfig(lr=1e-3), overlap_param_gather=overlapped
-        )
+        # a large lr would blow rounding differences up. With documents one such gradient happens to
+        # be there (1e-8 here, -5e-8 under TP2, of at most 0.2): there eps lies above the noise.
+        adam = OptimizerConfig(lr=1e-3, adam_eps=1e-6 if documents else 1e-8)
+        optimizer = build_optimizer(wrapped, adam, overlap_param_gather=overlapped)
         built = build_objective(
             objective,
             vocab_size=VOCAB_SIZE,
@@ -128,7 +144,7 @@ def run_layout(
         )
         metrics = Metrics(built.metric_names, device.torch_device)
         setup = Pass(wrapped, built, SEED, Stream.TRAINING, device, parallel, metrics)
-        batches = _micro_batches(where, parallel, step=0, seq_length=model.seq_length)
+        batches = _micro_batches(where, parallel, 0, model.seq_length, documents=documents)
         inputs = [built.prepare(batch, SEED, Stream.TRAINING) for batch in batches]
         noise = {
             int(index): (row.tolist(), weights.tolist())
@@ -145,11 +161,8 @@ def run_layout(
         gradients = _shards(chunks, parallel, gradients=True)
         curve = []
         for step in range(num_steps):
-            grad_norm = train_step(
-                setup,
-                optimizer,
-                _micro_batches(where, parallel, step=step, seq_length=model.seq_length),
-            )
+            batches = _micro_batches(where, parallel, step, model.seq_length, documents=documents)
+            grad_norm = train_step(setup, optimizer, batches)
             curve.append({**metrics.reduce(), "grad_norm": grad_norm})
     return {
         "first": first,
@@ -160,11 +173,16 @@ def run_layout(
     }
 
 
-def _micro_batches(where: Layout, parallel: Any, *, step: int, seq_length: int) -> list[TokenBatch]:
+def _micro_batches(
+    where: Layout, parallel: Any, step: int, seq_length: int, *, documents: bool
+) -> list[TokenBatch]:
     size, rank = parallel.data.size, parallel.data.rank
     starts = range(rank * where.micro_batch, GLOBAL_BATCH, where.micro_batch * size)
     first = step * GLOBAL_BATCH
-    return [token_batch(first + start, where.micro_batch, seq_length) for start in starts]
+    return [
+        token_batch(first + start, where.micro_batch, seq_length, documents=documents)
+        for start in starts
+    ]
 
 
 def _gather_gradients(wrapped: list[Any], parallel: Any) -> None:

@@ -29,9 +29,26 @@ CALLED = {
     "tensor_parallel.mappings:gather_from_sequence_parallel_region": ["input_", "group"],
     "models.gpt.gpt_layer_specs:get_gpt_layer_local_spec": ["normalization", "qk_layernorm"],
     "models.gpt.gpt_layer_specs:get_gpt_layer_with_transformer_engine_spec": ["qk_layernorm"],
-    "models.gpt.gpt_model:GPTModel._preprocess": ["input_ids", "position_ids"],
+    "models.gpt.gpt_model:GPTModel._preprocess": [
+        "input_ids",
+        "position_ids",
+        "packed_seq_params",
+    ],
+    "packed_seq_params:PackedSeqParams": [
+        "qkv_format",
+        "cu_seqlens_q",
+        "cu_seqlens_kv",
+        "max_seqlen_q",
+        "max_seqlen_kv",
+    ],
     "models.gpt.gpt_model:GPTModel.shared_embedding_or_output_weight": [],
     "transformer.transformer_block:get_num_layers_to_build": ["config", "vp_stage"],
+    "transformer.transformer_block:TransformerBlock.forward": [
+        "hidden_states",
+        "attention_mask",
+        "rotary_pos_emb",
+        "packed_seq_params",
+    ],
     "pipeline_parallel:get_forward_backward_func": [],
     "pipeline_parallel.schedules:forward_backward_no_pipelining": [
         "forward_step_func",

@@ -64,6 +64,14 @@ def make_batch(first_sample: int = 3 * BATCH_SIZE, num_samples: int = BATCH_SIZE
     return TokenBatch(tokens, valid, torch.arange(first_sample, first_sample + num_samples))
 
 
+def with_documents(batch: TokenBatch) -> TokenBatch:
+    """Documents of 1, 2, 3 ... tokens, those of every second row in the other order."""
+    lengths = torch.arange(1, SEQ_LENGTH + 2)
+    numbers = torch.repeat_interleave(lengths - 1, lengths)[: SEQ_LENGTH + 1]
+    document = torch.stack([numbers, numbers[-1] - numbers.flip(0)]).repeat(BATCH_SIZE // 2, 1)
+    return dataclasses.replace(batch, document=document)
+
+
 def rows_of(batch: TokenBatch, rows: Tensor | slice) -> TokenBatch:
     return TokenBatch(batch.tokens[rows], batch.valid[rows], batch.sample_index[rows])
 
@@ -95,6 +103,23 @@ def test_fields(objective: Objective) -> None:
     assert torch.all(inputs.elbo_weights >= 0)
     changed = inputs.tokens != batch.tokens[:, :SEQ_LENGTH]
     assert torch.all(inputs.tokens[changed] == MASK_ID)
+
+
+def test_documents_restart_the_positions_and_change_nothing_else(objective: Objective) -> None:
+    """The noise too is that of the slot in the row: two documents never share it."""
+    batch = with_documents(make_batch())
+    assert batch.document is not None
+    before = batch.document.clone()
+    inputs = objective.prepare(batch, SEED, Stream.TRAINING)
+    assert torch.equal(batch.document, before)
+    without = fields_of(objective.prepare(make_batch(), SEED, Stream.TRAINING))
+    for name in without.keys() - {"position_ids"}:
+        assert torch.equal(getattr(inputs, name), without[name]), name
+    assert inputs.position_ids.shape == (BATCH_SIZE, SEQ_LENGTH)
+    assert inputs.position_ids.dtype == torch.int64
+    documents = batch.document[:, :SEQ_LENGTH].tolist()
+    for numbers, positions in zip(documents, inputs.position_ids.tolist(), strict=True):
+        assert positions == [slot - numbers.index(number) for slot, number in enumerate(numbers)]
 
 
 def test_prepare_is_pure(objective: Objective) -> None:

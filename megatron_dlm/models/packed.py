@@ -1,0 +1,44 @@
+"""Documents of a micro-batch back to back in one sequence: Megatron Core's `thd` format.
+
+One path on every device: our local core attention runs each document by itself, Transformer
+Engine's kernels take the boundaries, and Megatron Core restarts rotary positions at each of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_dlm.ops.batch import document_starts
+
+
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """Boundaries for Megatron Core and Transformer Engine, and their lengths on the host."""
+
+    lengths: tuple[int, ...] = ()
+    """Slots of every document, in order; on the host, so that splitting waits for no device."""
+
+
+def packed_sequences(document: Tensor, device: torch.device | str) -> PackedDocuments:
+    """The documents of a micro-batch in row-major order; every row begins a new one.
+
+    document: int64 [b, s] on the host, equal numbers where neighbours belong together. The
+    boundaries (int32, one more than documents) come to lie on `device`.
+    """
+    assert document.device.type == "cpu", "lengths read from a device would wait for it"
+    starts = document_starts(document).flatten().nonzero().flatten()
+    boundaries = torch.cat([starts, starts.new_tensor([document.numel()])])
+    lengths = tuple(boundaries.diff().tolist())
+    boundaries = boundaries.to(torch.int32).to(device, non_blocking=True)
+    return PackedDocuments(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        lengths=lengths,
+    )
