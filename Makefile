@@ -44,6 +44,6 @@ $(READY): setup.py $(wildcard requirements/*.txt)
 	  echo "REQUIREMENTS=$(REQUIREMENTS) is not one of cpu, gpu" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -c requirements/$(REQUIREMENTS).txt -e '.[dev,plot]'
+	  -c requirements/$(REQUIREMENTS).txt -e '.[dev,plot,hf]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@

@@ -19,7 +19,7 @@ def read_description() -> str:
     return readme.read_text(encoding="utf-8") if readme.is_file() else ""
 
 
-HUGGING_FACE = ["transformers>=4.51", "tokenizers", "safetensors"]
+HUGGING_FACE = ["transformers>=4.51", "safetensors"]
 
 setup(
     name="megatron-dlm",
@@ -37,8 +37,14 @@ setup(
         "torch",
         "jsonargparse[signatures]>=4.50,<6",
         "sentencepiece",
+        "protobuf",  # SentencePiece models are edited through it
+        "tokenizers",
+        "gigatoken>=0.10",  # the same ids as the two above, several times faster
+        "awkward",  # what gigatoken returns
         "numpy",
         "orjson",
+        "pyarrow",
+        "zstandard",
         "rich",
         "tensorboard",
         "psutil",  # Megatron's checkpoint writer asks it for free memory
