@@ -11,18 +11,25 @@ from megatron_dlm.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Train a SentencePiece tokenizer with reserved mask, pad, begin and end-of-document tokens."""
+    """Train a SentencePiece tokenizer with reserved special tokens, or adopt an existing one."""
 
-    input: list[str]
-    """Files to learn from: .jsonl (one object with text_field per line) or plain text."""
-    output_dir: str
-    """Directory for tokenizer.model and metadata.json."""
+    input: list[str] = field(default_factory=list)
+    """Files, directories, globs or @LIST files to learn from: .jsonl (also .gz, .zst), .parquet or
+    plain text. With `existing` only bytes per token are measured on them, and they may be left
+    out."""
+    output_dir: str = field(kw_only=True)
+    """Directory for the tokenizer's files, metadata.json and token_bytes.npy (bytes of text that
+    each id stands for)."""
     vocab_size: int = 8192
-    """Tokens in the vocabulary, the reserved ones included."""
+    """Tokens to train, the reserved ones included."""
+    vocab_size_divisible_by: int = 1
+    """Unused ids are added after all others until the vocabulary is a multiple of this."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """SentencePiece algorithm."""
     text_field: str = "text"
-    """Key of the text in a .jsonl object."""
+    """Key of the text in a JSON object, or column of a parquet file."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do at text that cannot be read: stop, or count it and go on."""
     byte_fallback: bool = True
     """Spell characters outside the vocabulary in bytes, so that any text round-trips."""
     split_digits: bool = True
@@ -31,10 +38,48 @@ class TokenizerConfig:
     """Learn from at most this many lines, drawn at random."""
     seed: int = 1234
     """Seed of that draw."""
+    existing: str | None = None
+    """Tokenizer to adopt instead of training one: SentencePiece .model, Hugging Face tokenizer.json
+    or directory, or a directory made by this command."""
+    add_mask_token: bool = False
+    """Give the existing tokenizer a mask token after all its ids; text keeps the ids it had."""
+    mask_token: str = "<mask>"
+    """Name of the mask token to train or add; the same letters in a text are never this token."""
+    eod_token: str | None = None
+    """Special token of the existing tokenizer that ends documents; default: what it says itself."""
 
     def __post_init__(self) -> None:
-        require(bool(self.input), "input is empty; name at least one file")
-        require_positive("tokenizer", {"max_sentences": self.max_sentences})
+        positive = {
+            "max_sentences": self.max_sentences,
+            "vocab_size_divisible_by": self.vocab_size_divisible_by,
+        }
+        require_positive("tokenizer", positive)
+        require(
+            bool(self.mask_token) and not any(letter.isspace() for letter in self.mask_token),
+            f"mask_token is {self.mask_token!r}; it must be letters without blanks",
+        )
+        if self.existing is None:
+            self._check_training()
+        else:
+            self._check_adoption()
+
+    def _check_training(self) -> None:
+        require(
+            bool(self.input),
+            "input is empty; name at least one file to learn from, or the tokenizer to adopt in "
+            "existing",
+        )
+        for name in ("add_mask_token", "eod_token"):
+            require(
+                not getattr(self, name),
+                f"{name} is {getattr(self, name)} without existing; a trained tokenizer has both "
+                "tokens",
+            )
+        reserved = ("<pad>", "<bos>", "<eod>", "<unk>")
+        require(
+            self.mask_token not in reserved,
+            f"mask_token is {self.mask_token}; {', '.join(reserved)} have other meanings",
+        )
         minimum = 256 + 16 if self.byte_fallback else 16
         require(
             self.vocab_size >= minimum,
@@ -42,33 +87,89 @@ class TokenizerConfig:
             + (" (256 tokens are bytes)" if self.byte_fallback else ""),
         )
 
+    def _check_adoption(self) -> None:
+        training = (
+            *("vocab_size", "model_type", "byte_fallback", "split_digits"),
+            *("max_sentences", "seed"),
+        )
+        for name in training:
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            require(
+                value == default,
+                f"{name} is {value}, but an existing tokenizer is not trained; leave out {name} or "
+                "existing",
+            )
+
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """Turn text into Megatron's .bin/.idx shards with a manifest."""
+    """Turn text into Megatron's .bin/.idx shards with manifests; the same command goes on."""
 
     input: list[str]
-    """Files to read: .jsonl (one document per line) or plain text (one document per file)."""
+    """Files, directories, globs or @LIST files: .jsonl (also .gz, .zst), .parquet or plain text."""
     output_prefix: str
-    """Path of the shards without .bin/.idx; with a validation share: PREFIX and PREFIX_valid."""
+    """The shards are PREFIX_JOB_PART.bin/.idx and PREFIX.dataset.json lists them; held-out
+    documents go to PREFIX_valid."""
     tokenizer: str
-    """Directory made by `megatron-dlm tokenizer`."""
+    """Directory made by `megatron-dlm tokenizer`, SentencePiece .model, or Hugging Face
+    tokenizer.json or directory."""
     text_field: str = "text"
-    """Key of the text in a .jsonl object."""
+    """Key of the text in a JSON object, or column of a parquet file."""
     append_eod: bool = True
     """End every document with the end-of-document token."""
     validation_fraction: float = 0.0
-    """Share of the documents that goes to a validation shard instead."""
+    """Share of the documents, chosen by their hash, that goes to PREFIX_valid instead."""
     minimum_characters: int = 1
-    """Skip documents shorter than this."""
+    """Leave out documents shorter than this."""
+    shard_size_bytes: int = 512 * 1024**2
+    """Text that is read for one shard; larger plain .jsonl and .parquet files are cut here into
+    jobs that run in parallel."""
+    workers: int = 0
+    """Processes that work side by side; 0: one per core."""
+    encoder: Literal["auto", "fast", "reference"] = "auto"
+    """auto: the fast library where it is proved to give the tokenizer's own ids."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do at text that cannot be read: stop, or count it and go on."""
+    array_index: int | None = None
+    """Number of this task among array_count tasks that share the work, from 0; default: from
+    Slurm's job array, else 0."""
+    array_count: int | None = None
+    """Tasks that share the work; default: from Slurm's job array, else 1."""
+    overwrite: bool = False
+    """Remove what an earlier run left under output_prefix and start anew."""
 
     def __post_init__(self) -> None:
         require(bool(self.input), "input is empty; name at least one file")
+        require(
+            bool(self.output_prefix) and not self.output_prefix.endswith("/"),
+            f"output_prefix is {self.output_prefix!r}; it must end with the name of the dataset",
+        )
         fractions = {"validation_fraction": self.validation_fraction}
         require_fraction("preprocess", fractions, below_one=True)
+        require_positive("preprocess", {"shard_size_bytes": self.shard_size_bytes})
         require(
             self.minimum_characters >= 1,
             f"minimum_characters is {self.minimum_characters}; it must be at least 1",
+        )
+        require(self.workers >= 0, f"workers is {self.workers}; it must be at least 0")
+        self._check_array()
+
+    def _check_array(self) -> None:
+        index, count = self.array_index, self.array_count
+        if index is None and count is None:
+            return
+        require(
+            index is not None and count is not None,
+            f"array_index is {index} and array_count is {count}; give both or none",
+        )
+        assert index is not None and count is not None
+        require(
+            0 <= index < count,
+            f"array_index is {index} and array_count is {count}; the index must be 0 to count - 1",
+        )
+        require(
+            not (self.overwrite and count > 1),
+            "overwrite would let array tasks remove each other's shards; remove them beforehand",
         )
 
 

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 METADATA_FILE = "metadata.json"
+# Kind of tokenizer -> the file that holds its model.
+MODEL_FILES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
+
+_ROLES = ("pad_id", "bos_id", "eod_id", "mask_id")
 
 
 @dataclass(frozen=True)
 class TokenizerMetadata:
-    """What `metadata.json` of a tokenizer directory says."""
+    """What `metadata.json` of a tokenizer directory says. A tokenizer may lack any of the roles."""
 
     kind: str
+    """A key of MODEL_FILES."""
     vocab_size: int
-    pad_id: int
-    bos_id: int
-    eod_id: int
-    mask_id: int
+    pad_id: int | None
+    bos_id: int | None
+    eod_id: int | None
+    """End of a document."""
+    mask_id: int | None
     special_ids: tuple[int, ...]
+    """Ids that stand for no text; encoding never gives them (but for the id of the unknown)."""
     sha256: str
-    bytes_per_token: float
+    """Hash of the model file."""
+    bytes_per_token: float | None
+    """UTF-8 bytes per token, measured when the tokenizer was made; None if it was not."""
+    normalization: str | None = None
+    """"NFC": text is brought to this Unicode normal form before it is encoded; None: it is not."""
+
+    def write(self, directory: Path) -> None:
+        content = json.dumps(asdict(self), indent=1) + "\n"
+        (directory / METADATA_FILE).write_text(content, encoding="utf-8")
 
 
 def read_tokenizer_metadata(directory: str) -> TokenizerMetadata:
@@ -33,14 +48,17 @@ def read_tokenizer_metadata(directory: str) -> TokenizerMetadata:
     except OSError as error:
         raise ValueError(
             f"data.tokenizer {directory}: cannot read {path} ({error.strerror}); "
-            "make one with `megatron-dlm tokenizer`"
+            "make one with `megatron-dlm tokenizer` (a SentencePiece or Hugging Face tokenizer "
+            "becomes one with --existing)"
         ) from None
     except ValueError:
         raise ValueError(f"data.tokenizer {directory}: {path} is not valid JSON") from None
     metadata = _from_json(values, path)
     special = metadata.special_ids
-    for name in ("pad_id", "bos_id", "eod_id", "mask_id"):
+    for name in _ROLES:
         identifier = getattr(metadata, name)
+        if identifier is None:
+            continue
         if identifier not in special or not 0 <= identifier < metadata.vocab_size:
             raise ValueError(
                 f"{path}: {name} is {identifier}; it must be one of special_ids {list(special)} "
@@ -53,12 +71,17 @@ def _from_json(values: Any, path: Path) -> TokenizerMetadata:
     names = TokenizerMetadata.__dataclass_fields__
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object")
-    missing = [name for name in names if name not in values]
+    missing = [name for name in names if name not in values and name != "normalization"]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}; make the tokenizer again")
-    known = {name: values[name] for name in names}
-    integers = [known[name] for name in names if name.endswith("_id") or name == "vocab_size"]
+    known = {name: values[name] for name in names if name in values}
+    given_roles = [known[name] for name in _ROLES if known[name] is not None]
+    integers = [known["vocab_size"], *given_roles]
     special = known["special_ids"]
     if not isinstance(special, list) or not all(type(item) is int for item in integers + special):
         raise ValueError(f"{path}: vocab_size and all ids must be integers")
+    for name, choices in (("kind", tuple(MODEL_FILES)), ("normalization", ("NFC", None))):
+        if known.get(name) not in choices:
+            expected = " or ".join(json.dumps(choice) for choice in choices)
+            raise ValueError(f"{path}: {name} is {known[name]!r}; it must be {expected}")
     return TokenizerMetadata(**{**known, "special_ids": tuple(special)})

@@ -1,54 +1,50 @@
-"""Load a SentencePiece tokenizer directory: text to ids and back without loss."""
+"""Open a tokenizer: text to ids and back, by SentencePiece or Hugging Face tokenizers."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import sentencepiece
+import numpy as np
 
-from megatron_dlm.config.tokenizer_metadata import TokenizerMetadata, read_tokenizer_metadata
-
-MODEL_FILE = "tokenizer.model"
-# SentencePiece writes spaces as this character and would read it back as one.
-_SPACE_MARK = "\u2581"
+from megatron_dlm.config.tokenizer_metadata import TokenizerMetadata
+from megatron_dlm.data.huggingface_model import HuggingFaceModel
+from megatron_dlm.data.sentencepiece_model import SentencePieceModel
+from megatron_dlm.data.tokenizer_source import TokenizerSource, read_source
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Ids of text. `decode(encode(text))` is the text in Unicode normal form C, blank for blank.
+    """Ids of text. The special ids never come out of `encode`, whatever the text says.
 
-    The special ids never come out of `encode`, whatever the text says.
+    With a tokenizer that `megatron-dlm tokenizer` trained, `decode(encode(text))` is the text in
+    Unicode normal form C, blank for blank; an adopted one does what its library does.
     """
 
     metadata: TokenizerMetadata
-    processor: Any
-    """The SentencePieceProcessor."""
+    model: SentencePieceModel | HuggingFaceModel
 
     @property
     def vocab_size(self) -> int:
         return self.metadata.vocab_size
 
     @property
-    def pad_id(self) -> int:
+    def pad_id(self) -> int | None:
         return self.metadata.pad_id
 
     @property
-    def bos_id(self) -> int:
+    def bos_id(self) -> int | None:
         return self.metadata.bos_id
 
     @property
-    def eod_id(self) -> int:
+    def eod_id(self) -> int | None:
         """End of a document."""
         return self.metadata.eod_id
 
     @property
-    def mask_id(self) -> int:
+    def mask_id(self) -> int | None:
         return self.metadata.mask_id
 
     @property
@@ -64,59 +60,80 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode many texts on all cores."""
-        texts = [normalize(text) for text in texts]
-        encoded: list[list[int]] = self.processor.encode(texts, num_threads=_num_cores())
-        for place, text in enumerate(texts):
-            if _SPACE_MARK in text:
-                encoded[place] = self._encode_space_marks(text)
-        return encoded
+    def encode_batch(
+        self, texts: Sequence[str], *, num_threads: int | None = None
+    ) -> list[list[int]]:
+        """Encode many texts, on all cores unless `num_threads` says otherwise.
+
+        Raises ValueError for a text that UTF-8 cannot hold, and for one that the tokenizer lacks
+        tokens for where it has none for the unknown.
+        """
+        reject_surrogates(texts)
+        return self.model.encode(texts, num_threads=num_threads or num_cores())
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; pad, begin, end-of-document and mask have none."""
-        text: str = self.processor.decode([int(token) for token in ids])
-        return text
+        """Text of the ids; special ones have none, but the id of the unknown shows as a sign."""
+        silent = {*self.special_ids} - {self.model.unknown_id}
+        return self.model.decode(token for token in ids if token not in silent)
 
-    def _encode_space_marks(self, text: str) -> list[int]:
-        """Spell the space mark in bytes (or as an unknown, without byte pieces)."""
-        pieces = [f"<0x{byte:02X}>" for byte in _SPACE_MARK.encode()]
-        mark = list(dict.fromkeys(self.processor.piece_to_id(piece) for piece in pieces))
-        first, *others = self.processor.encode(text.split(_SPACE_MARK))
-        return first + [token for part in others for token in (*mark, *part)]
+    def token_bytes(self) -> np.ndarray:
+        """int32 [vocab_size]: UTF-8 bytes of text that each id stands for, 0 for special ones.
+
+        The sum over the ids of a text is the text's length in bytes, exactly, for tokenizers that
+        `megatron-dlm tokenizer` trained with byte_fallback (text in normal form) and for byte-level
+        BPE without a normalizer or added space. It is near it otherwise: by the space that other
+        models put before a text, what their normalizers change, blanks that they drop (WordPiece),
+        and what they know no token for.
+        """
+        sizes = self.model.token_bytes()
+        sizes[list(self.special_ids)] = 0
+        return sizes
 
 
-def normalize(text: str) -> str:
-    """Unicode normal form C, so that equal letters are equal tokens; keeps every blank as it is."""
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Open a directory made by `megatron-dlm tokenizer`, or a tokenizer as others leave it.
+
+    That is a SentencePiece .model, a tokenizer.json, or a directory of Hugging Face. Raises
+    ValueError that names the file and the remedy.
+    """
+    return open_source(read_source(Path(path)))
 
 
-def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Open a directory made by `megatron-dlm tokenizer`."""
-    metadata = read_tokenizer_metadata(os.fspath(directory))
-    path = Path(directory) / MODEL_FILE
-    remedy = "make the tokenizer again with `megatron-dlm tokenizer`"
-    if metadata.kind != "sentencepiece":
-        raise ValueError(f"tokenizer {directory} is of kind {metadata.kind}, not sentencepiece")
-    if not path.is_file():
-        raise ValueError(f"tokenizer file {path} does not exist; {remedy}")
-    model = path.read_bytes()
-    found = hashlib.sha256(model).hexdigest()
-    if found != metadata.sha256:
+def open_source(source: TokenizerSource) -> Tokenizer:
+    """The tokenizer of files in memory."""
+    metadata = source.metadata
+    model: SentencePieceModel | HuggingFaceModel
+    try:
+        if metadata.kind == "sentencepiece":
+            model = SentencePieceModel(source.model, normalization=metadata.normalization)
+        else:
+            model = HuggingFaceModel(source.model, special_ids=metadata.special_ids)
+    except ValueError as error:
+        raise ValueError(f"{source.origin} {error}") from None
+    if model.vocab_size != metadata.vocab_size:
         raise ValueError(
-            f"{path} changed since its metadata.json: sha256 {found}, expected {metadata.sha256}; "
-            + remedy
+            f"tokenizer {source.origin} has {model.vocab_size} tokens, metadata.json says "
+            f"{metadata.vocab_size}; make the tokenizer again with `megatron-dlm tokenizer`"
         )
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    if processor.vocab_size() != metadata.vocab_size:
-        raise ValueError(
-            f"{path} has {processor.vocab_size()} pieces, metadata.json says "
-            f"{metadata.vocab_size}; {remedy}"
-        )
-    return Tokenizer(metadata, processor)
+    return Tokenizer(metadata, model)
 
 
-def _num_cores() -> int:
+def reject_surrogates(texts: Iterable[str]) -> None:
+    """ValueError for a text with half a surrogate pair, which UTF-8 cannot hold."""
+    for text in texts:
+        if text.isascii():
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text that begins {text[:20]!r} holds half a surrogate pair at character "
+                f"{error.start}, which is no Unicode text; leave it out"
+            ) from None
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,159 +1,106 @@
-"""Learn a SentencePiece vocabulary from text; the directory is written whole or not at all."""
+"""The command `megatron-dlm tokenizer`: train or adopt; a directory, whole or not at all."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import os
-import random
-import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import sentencepiece
+import numpy as np
 from rich.console import Console
 
 from megatron_dlm.config.commands import TokenizerConfig
-from megatron_dlm.config.tokenizer_metadata import METADATA_FILE
-from megatron_dlm.data.readers import find_files, read_documents
-from megatron_dlm.data.tokenizer import MODEL_FILE, load_tokenizer, normalize
+from megatron_dlm.config.tokenizer_metadata import METADATA_FILE, MODEL_FILES
+from megatron_dlm.data.documents import Document
+from megatron_dlm.data.encoder import open_encoder
+from megatron_dlm.data.input_plan import find_files, plan_jobs
+from megatron_dlm.data.readers import read_documents
+from megatron_dlm.data.sentencepiece_training import SentenceSample, train_model
+from megatron_dlm.data.tokenizer import Tokenizer, num_cores, open_source
+from megatron_dlm.data.tokenizer_adoption import adopt, with_multiple
+from megatron_dlm.data.tokenizer_report import MeasuringSample, bytes_per_token, report
+from megatron_dlm.data.tokenizer_source import (
+    CONFIG_FILES,
+    TokenizerSource,
+    read_source,
+    trained_source,
+)
 
-_PAD, _BOS, _EOD, _UNKNOWN, _MASK = range(5)
-# A longer line is learnt from in pieces; SentencePiece would drop it.
-_SENTENCE_CHARACTERS = 2048
-# Text kept aside to measure bytes per token on.
-_PROBE_CHARACTERS = 1_000_000
+# int32 [vocab_size]: UTF-8 bytes of text that each id stands for.
+TOKEN_BYTES_FILE = "token_bytes.npy"
+
+_FILES = {*MODEL_FILES.values(), *CONFIG_FILES, METADATA_FILE, TOKEN_BYTES_FILE}
 
 
 def train_tokenizer(config: TokenizerConfig) -> None:
-    """`megatron-dlm tokenizer`: train, measure and publish; prints what was made and where."""
-    console = Console(stderr=True)
+    """Train a tokenizer or adopt `config.existing`, measure and publish it; prints what was made.
+
+    Raises ValueError for text, sizes and names that do not go together; then nothing is written.
+    """
     output = Path(config.output_dir)
     _check_output(output)
-    files = find_files(config.input)
-    with console.status(f"reading {len(files)} files"):
-        sentences, probe = _sample(files, config)
-    if not sentences:
+    left_out: Counter[str] = Counter()
+    sample = MeasuringSample()
+    if config.existing is None:
+        source = _train(config, sample, left_out)
+    else:
+        source = adopt(read_source(Path(config.existing)), config)
+        for document in _documents(config, left_out, sample):
+            sample.add(document)
+        _check_text(bool(sample.texts) or not config.input, config)
+    tokenizer = open_source(source)
+    encoder = open_encoder(tokenizer, "auto", num_threads=num_cores())
+    measured = bytes_per_token(encoder, sample.texts)
+    metadata = replace(source.metadata, bytes_per_token=measured.get("all"))
+    _publish(replace(source, metadata=metadata), tokenizer, output)
+    Console().print(report(tokenizer, encoder, measured))
+    if left_out:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
+        print(f"left out: {reasons}")
+    average = f", {measured['all']:.2f} bytes per token" if measured else ""
+    print(f"tokenizer: {metadata.vocab_size} tokens{average}: {output}")
+
+
+def _train(
+    config: TokenizerConfig, sample: MeasuringSample, left_out: Counter[str]
+) -> TokenizerSource:
+    console = Console(stderr=True)
+    drawn = SentenceSample(config.max_sentences, config.seed)
+    with console.status("reading"):
+        for document in _documents(config, left_out):
+            sample.add(document)
+            drawn.add(document.text)
+    _check_text(bool(drawn.sentences), config)
+    with console.status(f"training {config.model_type} on {len(drawn.sentences):,} lines"):
+        model = train_model(drawn.sentences, config)
+    source = trained_source(model, mask_token=config.mask_token)
+    return with_multiple(source, config.vocab_size_divisible_by)
+
+
+def _documents(
+    config: TokenizerConfig, left_out: Counter[str], sample: MeasuringSample | None = None
+) -> Iterator[Document]:
+    """All documents of the input; with a sample only those of the kinds that it has room for."""
+    jobs = plan_jobs(find_files(config.input), job_bytes=sys.maxsize)
+    for piece in (piece for job in jobs for piece in job.pieces):
+        if sample is not None and not sample.has_room(piece.path):
+            continue
+        for document in read_documents(
+            [piece], text_field=config.text_field, on_error=config.on_error, left_out=left_out
+        ):
+            yield document
+            if sample is not None and not sample.has_room(piece.path):
+                break
+
+
+def _check_text(has_text: bool, config: TokenizerConfig) -> None:
+    if not has_text:
         raise ValueError(f"input holds no text: {', '.join(config.input)}; name files with text")
-    with console.status(f"training {config.model_type} on {len(sentences):,} lines"):
-        model = _train_model(sentences, config)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        temporary.chmod(0o755)
-        bytes_per_token = _write(temporary, model, config.vocab_size, probe)
-        _publish(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    print(f"tokenizer: {config.vocab_size} tokens, {bytes_per_token:.2f} bytes per token: {output}")
-
-
-def _sample(files: list[Path], config: TokenizerConfig) -> tuple[list[str], list[str]]:
-    """A uniform sample of lines (reservoir, Vitter 1985, algorithm R), and some whole documents."""
-    generator = random.Random(config.seed)
-    sentences: list[str] = []
-    probe: list[str] = []
-    room, seen = _PROBE_CHARACTERS, 0
-    for document in read_documents(files, text_field=config.text_field):
-        if room > 0:
-            probe.append(document.text[:room])
-            room -= len(document.text)
-        for sentence in _sentences(document.text):
-            seen += 1
-            if len(sentences) < config.max_sentences:
-                sentences.append(sentence)
-            elif (place := generator.randrange(seen)) < config.max_sentences:
-                sentences[place] = sentence
-    return sentences, probe
-
-
-def _sentences(text: str) -> Iterator[str]:
-    """Non-blank lines; newline and tab are pieces of their own, and never inside another."""
-    for line in re.split(r"[\n\t]+", normalize(text).replace("\0", "")):
-        if line.strip():
-            for start in range(0, len(line), _SENTENCE_CHARACTERS):
-                yield line[start : start + _SENTENCE_CHARACTERS]
-
-
-def _train_model(sentences: list[str], config: TokenizerConfig) -> bytes:
-    """The serialized model; its settings keep every blank, so that code survives a round trip."""
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            model_type=config.model_type,
-            vocab_size=config.vocab_size,
-            byte_fallback=config.byte_fallback,
-            split_digits=config.split_digits,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n", "\t"],
-            # Control pieces: no text is ever encoded to them, "<mask>" least of all.
-            control_symbols=["<mask>"],
-            pad_id=_PAD,
-            bos_id=_BOS,
-            eos_id=_EOD,
-            unk_id=_UNKNOWN,
-            pad_piece="<pad>",
-            bos_piece="<bos>",
-            eos_piece="<eod>",
-            unk_piece="<unk>",
-            max_sentence_length=4 * _SENTENCE_CHARACTERS,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise _explain(error, config) from None
-    return model.getvalue()
-
-
-def _explain(error: RuntimeError, config: TokenizerConfig) -> ValueError:
-    """SentencePiece's size complaints in our words."""
-    message = str(error)
-    too_high = re.search(r"too high.*<= (\d+)", message)
-    too_low = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
-    if too_high:
-        return ValueError(
-            f"vocab_size {config.vocab_size} is too large for this text, which supports at most "
-            f"{too_high[1]}; lower vocab_size or give more text"
-        )
-    if too_low:
-        return ValueError(
-            f"vocab_size {config.vocab_size} is too small: bytes and single characters of this "
-            f"text alone take {too_low[1]}; raise vocab_size"
-        )
-    return ValueError(f"SentencePiece could not train on this text: {message}")
-
-
-def _write(directory: Path, model: bytes, vocab_size: int, probe: list[str]) -> float:
-    """Write the model and its card; returns bytes per token, measured on the probe."""
-    (directory / MODEL_FILE).write_bytes(model)
-    card: dict[str, Any] = {
-        "kind": "sentencepiece",
-        "vocab_size": vocab_size,
-        "pad_id": _PAD,
-        "bos_id": _BOS,
-        "eod_id": _EOD,
-        "mask_id": _MASK,
-        "special_ids": [_PAD, _BOS, _EOD, _UNKNOWN, _MASK],
-        "sha256": hashlib.sha256(model).hexdigest(),
-        "bytes_per_token": 0.0,
-        "normalization": "NFC",
-    }
-    path = directory / METADATA_FILE
-    path.write_text(json.dumps(card), encoding="utf-8")
-    encoded = load_tokenizer(directory).encode_batch(probe)
-    num_bytes = sum(len(text.encode()) for text in probe)
-    card["bytes_per_token"] = round(num_bytes / sum(len(ids) for ids in encoded), 4)
-    path.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    return float(card["bytes_per_token"])
 
 
 def _check_output(output: Path) -> None:
@@ -162,15 +109,29 @@ def _check_output(output: Path) -> None:
         return
     if not output.is_dir():
         raise ValueError(f"output_dir {output} is a file; name a directory")
-    others = sorted({path.name for path in output.iterdir()} - {MODEL_FILE, METADATA_FILE})
+    others = sorted({path.name for path in output.iterdir()} - _FILES)
     if others:
         raise ValueError(
             f"output_dir {output} holds other files ({', '.join(others[:3])}); name a new directory"
         )
 
 
-def _publish(temporary: Path, output: Path) -> None:
-    """Rename into place; an older tokenizer is moved aside first and then removed."""
+def _publish(source: TokenizerSource, tokenizer: Tokenizer, output: Path) -> None:
+    """Write beside and rename into place; an older tokenizer is moved aside, then removed."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        temporary.chmod(0o755)
+        for name, content in source.files.items():
+            (temporary / name).write_bytes(content)
+        np.save(temporary / TOKEN_BYTES_FILE, tokenizer.token_bytes())
+        source.metadata.write(temporary)
+        _rename(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename(temporary: Path, output: Path) -> None:
     if not output.exists():
         os.replace(temporary, output)
         return

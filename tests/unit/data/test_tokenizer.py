@@ -1,18 +1,20 @@
-"""The tokenizer loses nothing, never gives special ids for text, and is written whole or not."""
+"""The tokenizer loses nothing, never gives special ids for text, and knows when it is damaged."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dlm.config.commands import TokenizerConfig
-from megatron_dlm.config.tokenizer_metadata import read_tokenizer_metadata
-from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer, normalize
+from megatron_dlm.data.sentencepiece_model import SentencePieceModel, normalize
+from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dlm.data.tokenizer_training import train_tokenizer
 
 SOURCES = [Path(json.__file__), Path(json.__file__).with_name("decoder.py"), Path(pytest.__file__)]
@@ -67,6 +69,7 @@ def test_any_text_round_trips_in_normal_form(tokenizer: Tokenizer, text: str) ->
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == normalize(text)
     assert not set(ids) & set(tokenizer.special_ids)
+    assert tokenizer.token_bytes()[ids].sum() == len(normalize(text).encode())
 
 
 def test_equal_letters_are_equal_tokens(tokenizer: Tokenizer) -> None:
@@ -94,63 +97,94 @@ def test_metadata_matches_the_model(tokenizer: Tokenizer) -> None:
     assert tokenizer.metadata.bytes_per_token == pytest.approx(measured, rel=0.15)
 
 
-def make_config(directory: Path, text: str, **fields: object) -> TokenizerConfig:
-    path = directory / "text.txt"
-    path.write_text(text, encoding="utf-8")
-    values = {"vocab_size": 300, "output_dir": str(directory / "out"), **fields}
-    return TokenizerConfig(input=[str(path)], **values)  # type: ignore[arg-type]
-
-
-TEXT = "".join(f"{n % 97 * 'ab'}{n % 31 * 'c'} {n:b} {n:x} 名{n}\n" for n in range(500))
-
-
-def test_training_is_repeatable_and_sampling_is_seeded(tmp_path: Path) -> None:
-    hashes = []
-    for seed in (1, 1, 2):
-        train_tokenizer(make_config(tmp_path, TEXT, max_sentences=40, vocab_size=310, seed=seed))
-        hashes.append(read_tokenizer_metadata(str(tmp_path / "out")).sha256)
-    assert hashes[0] == hashes[1] != hashes[2]
-
-
-def test_sizes_that_do_not_fit_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"vocab_size 5000 is too large .* at most \d+; lower"):
-        train_tokenizer(make_config(tmp_path, "hello world\n" * 50, vocab_size=5000))
-    letters = "".join(chr(code) for code in range(0x4E00, 0x4E00 + 200)) * 3
-    with pytest.raises(ValueError, match=r"vocab_size 280 is too small: .* take \d+; raise"):
-        train_tokenizer(make_config(tmp_path, letters, vocab_size=280))
-    with pytest.raises(ValueError, match="input holds no text"):
-        train_tokenizer(make_config(tmp_path, " \n\n"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]
-
-
-def test_other_files_are_never_replaced(tmp_path: Path) -> None:
-    config = make_config(tmp_path, TEXT, vocab_size=310)
-    train_tokenizer(config)
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds other files \(notes\.txt\)"):
-        train_tokenizer(config)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file; name a directory"):
-        train_tokenizer(make_config(tmp_path, TEXT, output_dir=str(tmp_path / "file")))
-
-
-def test_a_damaged_directory_is_refused(tmp_path: Path) -> None:
-    train_tokenizer(make_config(tmp_path, TEXT, vocab_size=310))
-    model = tmp_path / "out" / "tokenizer.model"
-    data = model.read_bytes()
-    model.write_bytes(data[:-1])
-    with pytest.raises(ValueError, match=r"tokenizer\.model changed since its metadata\.json"):
-        load_tokenizer(tmp_path / "out")
-    model.unlink()
-    with pytest.raises(ValueError, match=r"tokenizer\.model does not exist"):
-        load_tokenizer(tmp_path / "out")
-    with pytest.raises(ValueError, match="cannot read"):
-        load_tokenizer(tmp_path / "gone")
+def test_token_bytes_sum_to_the_text(tokenizer: Tokenizer) -> None:
+    sizes = tokenizer.token_bytes()
+    assert (sizes.dtype, sizes.shape) == (np.int32, (512,))
+    assert not sizes[list(tokenizer.special_ids)].any()
+    for text in [*(path.read_text(encoding="utf-8") for path in SOURCES), *AWKWARD]:
+        assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
 
 
 def test_the_model_file_alone_gives_the_same_ids(tokenizer: Tokenizer) -> None:
     """Other software that reads tokenizer.model gets the same ids for text in normal form."""
     text = SOURCES[1].read_text(encoding="utf-8")
-    model = tokenizer.processor.serialized_model_proto()
+    assert isinstance(tokenizer.model, SentencePieceModel)
+    model = tokenizer.model.processor.serialized_model_proto()
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert processor.encode(text) == tokenizer.encode(text)
+
+
+@pytest.fixture
+def directory(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """The files of the tokenizer, to spoil."""
+    assert isinstance(tokenizer.model, SentencePieceModel)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model.processor.serialized_model_proto())
+    tokenizer.metadata.write(tmp_path)
+    return tmp_path
+
+
+def test_a_damaged_directory_is_refused(directory: Path) -> None:
+    assert load_tokenizer(directory).vocab_size == 512
+    model = directory / "tokenizer.model"
+    data = model.read_bytes()
+    model.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match=r"tokenizer\.model changed since its metadata\.json"):
+        load_tokenizer(directory)
+    model.unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.model does not exist"):
+        load_tokenizer(directory)
+    with pytest.raises(ValueError, match=r"cannot read .*make one with .*--existing"):
+        load_tokenizer(directory / "gone")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "word list"}, r'kind is \'word list\'; it must be "sentencepiece" or "hugg'),
+        ({"normalization": "NFKC"}, r'normalization is \'NFKC\'; it must be "NFC" or null'),
+        ({"vocab_size": 513}, r"has 512 tokens, metadata\.json says 513; make the tokenizer again"),
+        ({"mask_id": "4"}, r"all ids must be integers"),
+        ({"eod_id": 99}, r"eod_id is 99; it must be one of special_ids \[0, 1, 2, 3, 4\]"),
+    ],
+)
+def test_a_wrong_card_is_refused(directory: Path, change: dict[str, object], message: str) -> None:
+    change_card(directory, change)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(directory)
+
+
+def test_a_card_may_say_nothing(directory: Path) -> None:
+    """No mask, not measured; without a normal form the text is encoded as it is."""
+    change_card(directory, {"mask_id": None, "pad_id": None, "bytes_per_token": None})
+    tokenizer = load_tokenizer(directory)
+    assert (tokenizer.mask_id, tokenizer.pad_id, tokenizer.eod_id) == (None, None, 2)
+    assert tokenizer.metadata.bytes_per_token is None
+    assert tokenizer.encode("e\u0301") == tokenizer.encode("é")
+    card = json.loads((directory / "metadata.json").read_text())
+    del card["normalization"]
+    (directory / "metadata.json").write_text(json.dumps(card))
+    assert load_tokenizer(directory).encode("e\u0301") != tokenizer.encode("é")
+
+
+def test_a_bare_model_opens(directory: Path, tokenizer: Tokenizer) -> None:
+    (directory / "metadata.json").unlink()
+    bare = load_tokenizer(directory)
+    assert bare.metadata == load_tokenizer(directory / "tokenizer.model").metadata
+    expected = replace(tokenizer.metadata, normalization=None, bytes_per_token=None)
+    assert bare.metadata == expected
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "cl100k.tiktoken").write_text("IQ== 0\n")
+    with pytest.raises(
+        ValueError, match=r"cl100k\.tiktoken is not .*convert it to tokenizer\.json"
+    ):
+        load_tokenizer(tmp_path / "cl100k.tiktoken")
+    (tmp_path / "odd.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match=r"odd\.model is not a SentencePiece model"):
+        load_tokenizer(tmp_path / "odd.model")
+
+
+def change_card(directory: Path, change: dict[str, object]) -> None:
+    path = directory / "metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
