@@ -4,13 +4,54 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from megatron_dlm.runtime.files import write_whole
 
-FORMAT = 1
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Source:
+    """The stretch of one input file that a shard holds."""
+
+    file: str
+    begin: int
+    """First byte of the text, or first row of a parquet file."""
+    end: int
+    """One past the last byte or row."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The side of a split by document hash that a shard holds."""
+
+    fraction: float
+    """Share of the documents that is held out for validation."""
+    side: Literal["train", "valid"]
+    by: Literal["text", "tokens"] = "text"
+    """What was hashed: the text (`preprocess`) or the token ids (`data split`) of a document."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run that a shard is a part of; the same for every number of workers and array tasks."""
+
+    sha256: str
+    """Digest of all inputs of the run: the same text gives the same digest."""
+    recipe_sha256: str
+    """Digest of the inputs and of every setting that the bytes depend on."""
+    job: int
+    num_jobs: int
+    part: int
+    """Number of the shard within the job."""
+    is_last: bool
+    """The job ends with this shard."""
+    resume_at: Sequence[int] = ()
+    """Piece and offset at which the next part of the job begins."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +72,20 @@ class Manifest:
     """Id that occurs nowhere in the shard."""
     max_token_id: int
     """Largest id that occurs; -1 in an empty shard."""
-    source: Sequence[str]
-    """Files that the text came from."""
+    bin_sha256: str
+    """Checksum of the .bin file."""
+    idx_sha256: str
+    """Checksum of the .idx file."""
+    sources: Sequence[Source] = ()
+    """Where the text came from, in order."""
+    text_bytes: int | None = None
+    """UTF-8 bytes of the documents' text; None if unknown."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Reason -> documents (or files) that were skipped."""
+    held_out: HeldOut | None = None
+    """None if no document was held out."""
+    origin: Origin | None = None
+    """None for a shard that was not made by `megatron-dlm preprocess`."""
     format: int = FORMAT
 
     def write(self, prefix: str | os.PathLike[str]) -> None:
@@ -46,16 +99,24 @@ class Manifest:
             return None
         remedy = "write the shard again with `megatron-dlm preprocess`, or remove this file"
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            manifest = Manifest(**fields)
-        except (ValueError, TypeError) as error:
+            return _from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not a shard manifest ({error}); {remedy}") from None
-        if manifest.format != FORMAT:
-            raise ValueError(
-                f"{path} has format {manifest.format}, this version reads {FORMAT}; {remedy}"
-            )
-        return manifest
 
 
 def manifest_path(prefix: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(prefix)}.manifest.json")
+
+
+def _from_json(fields: dict[str, Any]) -> Manifest:
+    if fields.get("format") != FORMAT:
+        raise ValueError(f"format {fields.get('format')}, this version reads {FORMAT}")
+    held_out, origin = fields["held_out"], fields["origin"]
+    return Manifest(
+        **{
+            **fields,
+            "sources": [Source(**source) for source in fields["sources"]],
+            "held_out": HeldOut(**held_out) if held_out else None,
+            "origin": Origin(**origin) if origin else None,
+        }
+    )

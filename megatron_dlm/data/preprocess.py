@@ -1,141 +1,121 @@
-"""The command `megatron-dlm preprocess`: text files to shards, streaming."""
+"""The command `megatron-dlm preprocess`: text files to a dataset of shards, parallel, resumable.
+
+plan (input_plan) -> jobs -> workers (job_workers) -> shards (shard_job) -> PREFIX.dataset.json
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 
 from megatron_dlm.config.commands import PreprocessConfig
-from megatron_dlm.data.readers import Document, find_files, read_documents
-from megatron_dlm.data.shards import ShardWriter
-from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
-
-# A batch is encoded at once on all cores; memory holds a few copies of it.
-_BATCH_DOCUMENTS = 4096
-_BATCH_CHARACTERS = 8_000_000
-
-
-@dataclass
-class _Counts:
-    documents: int = 0
-    skipped: int = 0
+from megatron_dlm.data.array_task import array_task
+from megatron_dlm.data.input_plan import Job, find_files, plan_digest, plan_jobs
+from megatron_dlm.data.job_workers import num_cores, run_jobs
+from megatron_dlm.data.progress import ProgressDisplay
+from megatron_dlm.data.recipe import Recipe
+from megatron_dlm.data.shard_set import (
+    claim,
+    finish,
+    is_done,
+    is_output,
+    numbered_shards,
+    remove_shards,
+    whole_parts,
+)
+from megatron_dlm.data.shard_summary import Summary, in_words, totals
+from megatron_dlm.data.stop_request import Stopped, StopRequest
+from megatron_dlm.data.tokenizer import load_tokenizer
 
 
 def preprocess(config: PreprocessConfig) -> None:
-    """Write `<output_prefix>`, and `<output_prefix>_valid` where a share is held out."""
-    tokenizer = load_tokenizer(config.tokenizer)
-    files = find_files(config.input)
-    prefixes = [config.output_prefix]
-    if config.validation_fraction > 0:
-        prefixes.append(f"{config.output_prefix}_valid")
-    counts = _Counts()
-    with ExitStack() as stack:
-        writers = [stack.enter_context(_open_writer(prefix, tokenizer)) for prefix in prefixes]
-        documents = _with_progress(
-            read_documents(files, text_field=config.text_field), files, stack
-        )
-        for batch in _batches(documents, config.minimum_characters, counts):
-            _write_batch(batch, tokenizer, writers, config)
-        _check_not_empty(writers, counts, config)
-        for writer in writers:
-            writer.publish([str(path) for path in files])
-    for writer in writers:
-        print(
-            f"shard: {writer.num_tokens:,} tokens, {writer.num_documents:,} documents: "
-            f"{writer.prefix}.bin, .idx, .manifest.json"
-        )
-    if counts.skipped:
-        print(
-            f"skipped {counts.skipped:,} documents shorter than {config.minimum_characters} "
-            "characters"
-        )
+    """The command: `make_dataset`, and what came of it on stdout."""
+    make_dataset(config).print()
 
 
-def in_validation(text: str, fraction: float) -> bool:
-    """Whether a document is held out: its hash decides, so the choice survives a growing corpus."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < int(fraction * 2.0**64)
+def make_dataset(config: PreprocessConfig) -> Summary:
+    """Write the shards that are not there yet, and list them when all are: see PreprocessConfig.
 
-
-def _open_writer(prefix: str, tokenizer: Tokenizer) -> ShardWriter:
-    return ShardWriter(
-        prefix,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_sha256=tokenizer.sha256,
-        eod_id=tokenizer.eod_id,
-        mask_id=tokenizer.mask_id,
-    )
-
-
-def _with_progress(
-    documents: Iterable[Document], files: list[Path], stack: ExitStack
-) -> Iterator[Document]:
-    """Pass the documents on and show bytes read, rate and time left on stderr."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TextColumn("{task.fields[documents]:,} documents"),
-        TimeRemainingColumn(),
-    )
-    progress = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-    total_bytes = sum(path.stat().st_size for path in files)
-    task = progress.add_task("encoding", total=total_bytes, documents=0)
-    for number, document in enumerate(documents, start=1):
-        yield document
-        progress.update(task, advance=document.num_bytes, documents=number)
-
-
-def _batches(
-    documents: Iterable[Document], minimum_characters: int, counts: _Counts
-) -> Iterator[list[str]]:
-    batch: list[str] = []
-    num_characters = 0
-    for document in documents:
-        if len(document.text) < minimum_characters:
-            counts.skipped += 1
-            continue
-        counts.documents += 1
-        batch.append(document.text)
-        num_characters += len(document.text)
-        if len(batch) >= _BATCH_DOCUMENTS or num_characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
-def _write_batch(
-    texts: list[str], tokenizer: Tokenizer, writers: list[ShardWriter], config: PreprocessConfig
-) -> None:
-    encoded = tokenizer.encode_batch(texts)
-    if config.append_eod:
-        for ids in encoded:
-            ids.append(tokenizer.eod_id)
-    held_out = [in_validation(text, config.validation_fraction) for text in texts]
-    for writer, side in zip(writers, (False, True), strict=False):
-        chosen = [ids for ids, held in zip(encoded, held_out, strict=True) if held == side]
-        lengths = [len(ids) for ids in chosen]
-        tokens = np.fromiter((i for ids in chosen for i in ids), dtype=np.int64, count=sum(lengths))
-        writer.add_documents(tokens, lengths)
-
-
-def _check_not_empty(writers: list[ShardWriter], counts: _Counts, config: PreprocessConfig) -> None:
-    if counts.documents == 0:
+    Raises ValueError and OSError before anything is written where the configuration, the tokenizer
+    or the inputs do not allow it, and at text that cannot be read; SystemExit when it is stopped.
+    The same call goes on behind the last whole shard of every job.
+    """
+    prefix, task = config.output_prefix, array_task(config, os.environ)
+    jobs = _plan(config)
+    recipe = _recipe(config, jobs)
+    if config.overwrite:
+        remove_shards(prefix)
+    claim(prefix, recipe)
+    mine = [number for number in range(len(jobs)) if task.has(number)]
+    todo = {n: jobs[n] for n in mine if not is_done(whole_parts(prefix, n, recipe.sha256))}
+    facts = _run(todo, config, recipe) if todo else {"work": "nothing to do, all was done before"}
+    if task.count > 1:
+        facts["array task"] = f"{task.index} of {task.count}, {len(mine)} of {len(jobs)} jobs"
+    sides = totals(prefix, mine, recipe)
+    if task.count == 1 and not any(side.documents for side in sides):
+        remove_shards(prefix)
         raise ValueError(
-            f"input holds no document of at least {config.minimum_characters} characters "
-            f"({counts.skipped} are shorter); lower minimum_characters or name other files"
+            f"input holds no document of at least {config.minimum_characters} characters (left "
+            f"out: {in_words(sides[0].left_out)}); lower minimum_characters or name other files"
         )
-    for writer in writers:
-        if writer.num_documents == 0:
-            raise ValueError(
-                f"no document fell to {writer.prefix}: {counts.documents} documents are too few "
-                f"for validation_fraction {config.validation_fraction}; change it or give more"
-            )
+    missing = finish(prefix) if numbered_shards(prefix) else list(range(len(jobs)))
+    return Summary(sides, facts, missing)
+
+
+def _plan(config: PreprocessConfig) -> list[Job]:
+    """The jobs of all array tasks; what an earlier run wrote is no input."""
+    found = find_files(config.input)
+    files = [path for path in found if not is_output(path, config.output_prefix)]
+    if not files:
+        raise ValueError(f"input holds only what preprocess wrote: {found[0]}; name files of text")
+    return plan_jobs(files, job_bytes=config.shard_size_bytes)
+
+
+def _recipe(config: PreprocessConfig, jobs: Sequence[Job]) -> Recipe:
+    tokenizer = load_tokenizer(config.tokenizer)
+    if config.append_eod and tokenizer.eod_id is None:
+        raise ValueError(
+            f"tokenizer {config.tokenizer} has no end-of-document token; name one with "
+            f"`megatron-dlm tokenizer --existing {config.tokenizer} --eod_token TOKEN`, or add "
+            "--append_eod false"
+        )
+    return Recipe(
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        normalization=tokenizer.metadata.normalization,
+        eod_id=tokenizer.eod_id if config.append_eod else None,
+        mask_id=tokenizer.mask_id,
+        text_field=config.text_field,
+        minimum_characters=config.minimum_characters,
+        validation_fraction=config.validation_fraction,
+        shard_size_bytes=config.shard_size_bytes,
+        inputs_sha256=plan_digest(jobs),
+        num_jobs=len(jobs),
+    )
+
+
+def _run(todo: Mapping[int, Job], config: PreprocessConfig, recipe: Recipe) -> dict[str, str]:
+    """Run the jobs; rows of the summary."""
+    num_workers = min(config.workers or num_cores(), len(todo))
+    encoder = ""
+    try:
+        with (
+            StopRequest() as stop,
+            ProgressDisplay(todo) as display,
+            closing(
+                run_jobs(todo, config, recipe, num_workers=num_workers, check=stop.check)
+            ) as reports,
+        ):
+            for report in reports:
+                display.add(report)
+                encoder = report.encoder
+    except Stopped as stopped:
+        name = signal.Signals(stopped.number).name
+        print(f"stopped by {name}; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(128 + stopped.number) from None
+    rate = display.num_bytes / 1e6 / display.seconds
+    work = f"{display.seconds:,.1f} seconds, {rate:,.1f} MB/s, workers: {num_workers}"
+    return {"work": work, "encoder": encoder}

@@ -1,4 +1,4 @@
-"""Megatron's `.bin/.idx` shards, read through mmap and written whole or not at all; numpy only.
+"""Megatron's `.bin/.idx` shards, read through mmap; numpy only. `shard_writer` makes them.
 
 `.bin` holds the token ids back to back. `.idx` holds, little-endian: 9 bytes magic, uint64 version,
 uint8 dtype code, uint64 number of sequences n, uint64 number of document bounds m, int32 [n]
@@ -8,21 +8,19 @@ lengths, int64 [n] byte offsets, int64 [m] first sequence of each document and t
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import struct
-from array import array
-from collections.abc import Sequence
+from bisect import bisect_right
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 
-from megatron_dlm.data.manifest import Manifest, manifest_path
+from megatron_dlm.data.manifest import Manifest
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPES: dict[int, type[np.generic]] = {
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, type[np.generic]] = {
     1: np.uint8,
     2: np.int8,
     3: np.int16,
@@ -42,7 +40,14 @@ def shard_dtype(vocab_size: int) -> type[np.generic]:
 
 
 class Shard:
-    """Read-only view of one shard; opening it checks the sizes and reads no tokens."""
+    """Read-only view of one shard; opening it checks the sizes and reads no tokens.
+
+    A document is one or more sequences that follow each other. Damage inside the index is found
+    where it is met: every method raises ValueError rather than give another place's tokens.
+
+    sequence_lengths: int32 [sequences], in tokens. sequence_pointers: int64 [sequences], in bytes.
+    document_bounds: int64 [documents + 1], first sequence of each document, and the end.
+    """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)
@@ -62,82 +67,148 @@ class Shard:
     def _open_index(self) -> None:
         path, size_bytes = self._index_path, self._index_path.stat().st_size
         with path.open("rb") as stream:
-            header = stream.read(_HEADER.size)
-        if len(header) < _HEADER.size:
+            header = stream.read(HEADER.size)
+        if len(header) < HEADER.size:
             raise ValueError(
-                f"{path} is truncated: {size_bytes} bytes, the header alone takes {_HEADER.size}; "
+                f"{path} is truncated: {size_bytes} bytes, the header alone takes {HEADER.size}; "
                 + _REWRITE
             )
-        magic, version, code, num_sequences, num_bounds = _HEADER.unpack(header)
-        if magic != _MAGIC or version != 1 or code not in _DTYPES:
+        magic, version, code, num_sequences, num_bounds = HEADER.unpack(header)
+        if magic != MAGIC or version != 1 or code not in DTYPES:
             raise ValueError(
                 f"{path} is not a Megatron index (magic {magic!r}, version {version}, dtype code "
                 f"{code}); give the prefix of a .bin/.idx pair"
             )
-        expected_bytes = _HEADER.size + 12 * num_sequences + 8 * num_bounds
+        expected_bytes = HEADER.size + 12 * num_sequences + 8 * num_bounds
         if size_bytes != expected_bytes or num_bounds == 0:
             state = "truncated" if size_bytes < expected_bytes else "not a plain text index"
             raise ValueError(
                 f"{path} is {state}: {size_bytes} bytes, its header announces {expected_bytes} for "
                 f"{num_sequences} sequences; {_REWRITE}"
             )
-        raw = np.memmap(path, mode="r", dtype=np.uint8)
-        pointers_at = _HEADER.size + 4 * num_sequences
+        raw = np.frombuffer(_map(path), dtype=np.uint8)
+        pointers_at = HEADER.size + 4 * num_sequences
         bounds_at = pointers_at + 8 * num_sequences
-        self.dtype = np.dtype(_DTYPES[code])
-        self._lengths = raw[_HEADER.size : pointers_at].view("<i4")
-        self._pointers = raw[pointers_at:bounds_at].view("<i8")
-        self._bounds = raw[bounds_at:].view("<i8")
-        if self._bounds[0] != 0 or self._bounds[-1] != num_sequences:
+        self.dtype = np.dtype(DTYPES[code])
+        self.sequence_lengths = raw[HEADER.size : pointers_at].view("<i4")
+        self.sequence_pointers = raw[pointers_at:bounds_at].view("<i8")
+        self.document_bounds = raw[bounds_at:].view("<i8")
+        begins_late = num_sequences > 0 and self.sequence_pointers[0] != 0
+        if begins_late or self.document_bounds[0] != 0 or self.document_bounds[-1] != num_sequences:
             raise ValueError(
-                f"{path} is damaged: its documents span sequences {self._bounds[0]} to "
-                f"{self._bounds[-1]}, the index holds {num_sequences}; {_REWRITE}"
+                f"{path} is damaged: its documents span sequences {self.document_bounds[0]} to "
+                f"{self.document_bounds[-1]}, the index holds {num_sequences} sequences and they "
+                f"must begin at byte 0; {_REWRITE}"
             )
 
     def _open_tokens(self) -> None:
         path, size_bytes = self._bin_path, self._bin_path.stat().st_size
         expected_bytes = 0
-        if len(self._lengths):
-            expected_bytes = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize
-        if size_bytes != expected_bytes:
+        if len(self.sequence_lengths):
+            last_bytes = int(self.sequence_lengths[-1]) * self.dtype.itemsize
+            expected_bytes = int(self.sequence_pointers[-1]) + last_bytes
+        if size_bytes != expected_bytes or size_bytes % self.dtype.itemsize:
             state = "truncated" if size_bytes < expected_bytes else "longer than its index"
+            if size_bytes == expected_bytes:
+                state = f"not made of whole tokens of {self.dtype.itemsize} bytes"
             raise ValueError(
                 f"{path} is {state}: {size_bytes} bytes, {self._index_path} announces "
                 f"{expected_bytes}; {_REWRITE}"
             )
         self.num_tokens = size_bytes // self.dtype.itemsize
-        empty = np.zeros(0, dtype=self.dtype)
-        self._tokens: np.ndarray = (
-            np.memmap(path, mode="r", dtype=self.dtype) if size_bytes else empty
-        )
+        self._bin_map = _map(path) if size_bytes else None
+        self._reads_at_random = False
+        self._tokens = np.frombuffer(self._bin_map or b"", dtype=self.dtype)
 
     def _check_manifest(self) -> None:
         if self.manifest is None:
             return
-        found = (self.num_tokens, self.num_documents)
-        announced = (self.manifest.tokens, self.manifest.documents)
+        announced = self.manifest.tokens, self.manifest.documents, self.manifest.dtype
+        found = self.num_tokens, self.num_documents, self.dtype.name
         if found != announced:
             raise ValueError(
                 f"shard {self.prefix} changed since its manifest: {found[0]} tokens in {found[1]} "
-                f"documents, the manifest announces {announced[0]} in {announced[1]}; {_REWRITE}"
+                f"documents as {found[2]}, the manifest announces {announced[0]} in {announced[1]} "
+                f"as {announced[2]}; {_REWRITE}"
             )
 
     @property
     def num_documents(self) -> int:
-        return len(self._bounds) - 1
+        return len(self.document_bounds) - 1
 
     def document_starts(self, documents: np.ndarray) -> np.ndarray:
         """int64: first token of each document; `num_documents` is allowed and gives the end."""
-        sequences = np.asarray(self._bounds[documents])
+        sequences = np.asarray(self.document_bounds[documents])
+        if ((sequences < 0) | (sequences > len(self.sequence_pointers))).any():
+            raise self._damaged(documents)
         starts = np.full(sequences.shape, self.num_tokens, dtype=np.int64)
-        inside = sequences < len(self._pointers)
-        starts[inside] = self._pointers[sequences[inside]] // self.dtype.itemsize
+        inside = sequences < len(self.sequence_pointers)
+        starts[inside], rest = np.divmod(
+            self.sequence_pointers[sequences[inside]], self.dtype.itemsize
+        )
+        if rest.any() or ((starts < 0) | (starts > self.num_tokens)).any():
+            raise self._damaged(documents)
         return starts
+
+    def document_spans(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64, int64: first token and number of tokens of each document."""
+        starts = self.document_starts(documents)
+        lengths = self.document_starts(documents + 1) - starts
+        if (lengths < 0).any():
+            raise self._damaged(documents)
+        return starts, lengths
+
+    def document_span(self, document: int) -> tuple[int, int]:
+        """First token and number of tokens of one document; much faster than arrays of one."""
+        first, after = (int(place) for place in self.document_bounds[document : document + 2])
+        start, end = self._sequence_start(first, document), self._sequence_start(after, document)
+        if start > end:
+            raise self._damaged(np.array([document]))
+        return start, end - start
+
+    def _sequence_start(self, sequence: int, document: int) -> int:
+        """First token of a sequence, or the end of the file."""
+        if sequence == len(self.sequence_pointers):
+            return self.num_tokens
+        inside = 0 <= sequence < len(self.sequence_pointers)
+        pointer = int(self.sequence_pointers[sequence]) if inside else -1
+        start, rest = divmod(pointer, self.dtype.itemsize)
+        if rest or not 0 <= start <= self.num_tokens:
+            raise self._damaged(np.array([document]))
+        return start
+
+    def document_at(self, token: int) -> int:
+        """Number of the document that holds this token of the file."""
+        assert 0 <= token < self.num_tokens, token
+        # bisect reads a few places; searchsorted would copy these arrays, which are not aligned.
+        sequence = bisect_right(self.sequence_pointers, token * self.dtype.itemsize) - 1
+        document = bisect_right(self.document_bounds, sequence) - 1
+        (start,), (length,) = self.document_spans(np.array([document]))
+        if not start <= token < start + length:
+            raise self._damaged(np.array([document]))
+        return document
 
     def tokens(self, start: int, length: int) -> np.ndarray:
         """Token ids [start, start + length) in file order, as a view of the mmap."""
         assert 0 <= start <= self.num_tokens - length, (start, length)
+        if self._reads_at_random and length:
+            self._request(start * self.dtype.itemsize, length * self.dtype.itemsize)
         return self._tokens[start : start + length]
+
+    def expect_random_reads(self) -> None:
+        """For readers of short stretches all over the file: each costs the disk its own pages only.
+
+        The kernel's read-ahead is right for whole files; here it would read megabytes for each.
+        """
+        if self._bin_map is not None:
+            self._bin_map.madvise(mmap.MADV_RANDOM)
+            self._reads_at_random = True
+
+    def _request(self, begin: int, num_bytes: int) -> None:
+        """Have the pages read in one go instead of one by one as they are touched."""
+        assert self._bin_map is not None, "an empty file has nothing to request"
+        page = begin - begin % mmap.PAGESIZE
+        self._bin_map.madvise(mmap.MADV_WILLNEED, page, begin + num_bytes - page)
 
     def fingerprint(self) -> str:
         """sha256 of both ends of the token file: cheap at any size, different for other text."""
@@ -147,117 +218,17 @@ class Shard:
 
     def document(self, number: int) -> np.ndarray:
         """Token ids of one document, as a view of the mmap."""
-        start, end = self.document_starts(np.array([number, number + 1]))
-        return self.tokens(int(start), int(end - start))
+        (start,), (length,) = self.document_spans(np.array([number]))
+        return self.tokens(int(start), int(length))
+
+    def _damaged(self, documents: np.ndarray) -> ValueError:
+        numbers = np.asarray(documents)
+        return ValueError(
+            f"{self._index_path} is damaged: what it says of documents {numbers.min()} to "
+            f"{numbers.max()} lies outside of the shard or goes backwards; {_REWRITE}"
+        )
 
 
-class ShardWriter:
-    """Streams documents to a shard; nothing appears under the final names before `publish`.
-
-    Use as a context manager: leaving it without `publish` removes the temporary file.
-    """
-
-    def __init__(
-        self,
-        prefix: str | os.PathLike[str],
-        *,
-        vocab_size: int,
-        tokenizer_sha256: str | None = None,
-        eod_id: int | None = None,
-        mask_id: int | None = None,
-    ) -> None:
-        self.prefix = os.fspath(prefix)
-        self.vocab_size, self.mask_id = vocab_size, mask_id
-        self.tokenizer_sha256, self.eod_id = tokenizer_sha256, eod_id
-        self.dtype = np.dtype(shard_dtype(vocab_size))
-        self.num_tokens = 0
-        self._max_token_id = -1
-        self._lengths = array("i")
-        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = Path(f"{self.prefix}.bin.tmp")
-        self._stream: Any = self._temporary.open("wb", buffering=1 << 20)
-
-    @property
-    def num_documents(self) -> int:
-        return len(self._lengths)
-
-    def add_documents(self, tokens: np.ndarray, lengths: Sequence[int]) -> None:
-        """Append documents that lie back to back in `tokens`."""
-        assert len(tokens) == sum(lengths), (len(tokens), sum(lengths))
-        if len(tokens):
-            self._check_ids(tokens)
-        self._stream.write(tokens.astype(self.dtype).tobytes())
-        self._lengths.extend(lengths)
-        self.num_tokens += len(tokens)
-
-    def add_document(self, tokens: np.ndarray) -> None:
-        self.add_documents(tokens, [len(tokens)])
-
-    def _check_ids(self, tokens: np.ndarray) -> None:
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(
-                f"shard {self.prefix}: token id {low if low < 0 else high} is outside the "
-                f"vocabulary of {self.vocab_size}; use the tokenizer that made the ids"
-            )
-        if self.mask_id is not None and (tokens == self.mask_id).any():
-            raise ValueError(
-                f"shard {self.prefix}: the text holds the mask id {self.mask_id}; reserve an id "
-                "that encoding text never gives"
-            )
-        self._max_token_id = max(self._max_token_id, high)
-
-    def publish(self, source: Sequence[str] = ()) -> None:
-        """Make the shard appear: .bin, then .idx, and the manifest last."""
-        _sync(self._stream)
-        index_temporary = Path(f"{self.prefix}.idx.tmp")
-        with index_temporary.open("wb") as stream:
-            self._write_index(stream)
-            _sync(stream)
-        # An older shard of this name must not be taken for whole while its files are replaced.
-        manifest_path(self.prefix).unlink(missing_ok=True)
-        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
-        os.replace(self._temporary, f"{self.prefix}.bin")
-        os.replace(index_temporary, f"{self.prefix}.idx")
-        Manifest(
-            vocab_size=self.vocab_size,
-            tokens=self.num_tokens,
-            documents=self.num_documents,
-            dtype=self.dtype.name,
-            tokenizer_sha256=self.tokenizer_sha256,
-            eod_id=self.eod_id,
-            mask_id=self.mask_id,
-            max_token_id=self._max_token_id,
-            source=list(source),
-        ).write(self.prefix)
-
-    def _write_index(self, stream: Any) -> None:
-        code = next(code for code, dtype in _DTYPES.items() if self.dtype == dtype)
-        lengths = np.frombuffer(self._lengths, dtype="<i4") if self._lengths else np.zeros(0, "<i4")
-        count = len(lengths)
-        pointers = np.zeros(count, dtype="<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-        pointers *= self.dtype.itemsize
-        stream.write(_HEADER.pack(_MAGIC, 1, code, count, count + 1))
-        for part in (lengths, pointers, np.arange(count + 1, dtype="<i8")):
-            stream.write(part.tobytes())
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stream.close()
-        for suffix in (".bin.tmp", ".idx.tmp"):
-            Path(f"{self.prefix}{suffix}").unlink(missing_ok=True)
-
-
-def _sync(stream: Any) -> None:
-    """Reach the disk before a rename makes the file visible."""
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

@@ -16,7 +16,7 @@ from rich.table import Table
 from megatron_dlm.checkpoint.retention import LATEST_NAME
 from megatron_dlm.config.commands import QuickstartConfig
 from megatron_dlm.config.tokenizer_metadata import METADATA_FILE
-from megatron_dlm.data.manifest import manifest_path
+from megatron_dlm.data.dataset import dataset_path
 from megatron_dlm.launch.child_command import run_command
 from megatron_dlm.launch.quickstart_corpus import write_corpus
 from megatron_dlm.runtime.files import write_whole
@@ -122,7 +122,7 @@ def _prepare_data(root: Path) -> None:
         run_command(["tokenizer", *_as_arguments(flags)])
     for split, text in texts.items():
         prefix = root / "data" / split
-        if not manifest_path(prefix).exists():
+        if not dataset_path(prefix).exists():
             flags = {"input": text, "output_prefix": prefix, "tokenizer": tokenizer}
             run_command(["preprocess", *_as_arguments(flags)])
 

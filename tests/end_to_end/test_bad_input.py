@@ -18,7 +18,7 @@ SHORT = {"train__steps": 4, "data__valid": {}, "model__num_layers": 1}
 def shard(tiny_corpus: TinyCorpus, tmp_path: Path) -> Path:
     """A copy of the training shard, to be damaged."""
     for suffix in (".bin", ".idx", ".manifest.json"):
-        shutil.copy(f"{tiny_corpus.train}{suffix}", tmp_path / f"copy{suffix}")
+        shutil.copy(f"{tiny_corpus.train}_00000_000{suffix}", tmp_path / f"copy{suffix}")
     return tmp_path / "copy"
 
 

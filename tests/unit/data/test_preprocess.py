@@ -1,105 +1,167 @@
-"""Shards hold what encoding each document gives, in order, with the held-out share apart."""
+"""The dataset holds what encoding each document gives, in order, with the held-out share apart."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mixed_corpus import MixedCorpus, make_mixed_corpus
 
-from megatron_dlm.config.commands import PreprocessConfig, TokenizerConfig
-from megatron_dlm.data import preprocess as module
-from megatron_dlm.data.preprocess import in_validation, preprocess
-from megatron_dlm.data.shards import Shard
+from megatron_dlm.config.commands import PreprocessConfig
+from megatron_dlm.data import part_reader
+from megatron_dlm.data.dataset import open_dataset
+from megatron_dlm.data.manifest import Manifest
+from megatron_dlm.data.preprocess import preprocess
+from megatron_dlm.data.shard_job import in_validation
 from megatron_dlm.data.tokenizer import load_tokenizer
-from megatron_dlm.data.tokenizer_training import train_tokenizer
-
-TEXTS = [f"document {n}:\n\tcontents {n * n} é\n" * (1 + n % 5) for n in range(200)]
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("corpus")
-    lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
-    (directory / "text.jsonl").write_text("".join(lines), encoding="utf-8")
-    (directory / "more.txt").write_text("the last document", encoding="utf-8")
-    train_tokenizer(
-        TokenizerConfig(
-            input=[str(directory / "text.jsonl")],
-            output_dir=str(directory / "tokenizer"),
-            vocab_size=310,
-        )
-    )
-    return directory
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> MixedCorpus:
+    return make_mixed_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def config(corpus: Path, output: Path, **fields: object) -> PreprocessConfig:
-    values = {
-        "input": [str(corpus / "text.jsonl"), str(corpus / "more.txt")],
-        "output_prefix": str(output / "shard"),
-        "tokenizer": str(corpus / "tokenizer"),
-        **fields,
-    }
-    return PreprocessConfig(**values)  # type: ignore[arg-type]
+def config(corpus: MixedCorpus, output: Path, **changes: object) -> PreprocessConfig:
+    settings = PreprocessConfig(corpus.files, str(output / "text"), corpus.tokenizer, workers=1)
+    return replace(settings, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("batch_documents", [1, 7, 4096])
+def documents(prefix: Path) -> list[list[int]]:
+    dataset = open_dataset(prefix)
+    shards = [dataset.shard(place) for place in range(len(dataset.entries))]
+    return [shard.document(n).tolist() for shard in shards for n in range(shard.num_documents)]
+
+
+def manifests(prefix: Path) -> list[Manifest]:
+    found = [Manifest.read(entry.prefix) for entry in open_dataset(prefix).entries]
+    return [manifest for manifest in found if manifest is not None]
+
+
+def decoded(corpus: MixedCorpus, prefix: Path) -> list[str]:
+    tokenizer = load_tokenizer(corpus.tokenizer)
+    return [tokenizer.decode(document) for document in documents(prefix)]
+
+
+@pytest.mark.parametrize("batch_documents", [7, 4096])
 def test_documents_in_order_with_end_of_document(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_documents: int
+    corpus: MixedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_documents: int
 ) -> None:
-    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", batch_documents)
-    preprocess(config(corpus, tmp_path))
-    tokenizer, shard = load_tokenizer(corpus / "tokenizer"), Shard(tmp_path / "shard")
-    found = [shard.document(number).tolist() for number in range(shard.num_documents)]
-    texts = [*TEXTS, "the last document"]
-    assert found == [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts]
-    assert [tokenizer.decode(ids) for ids in found] == texts
-    assert shard.manifest is not None
-    assert shard.manifest.tokenizer_sha256 == tokenizer.sha256
-    assert shard.manifest.mask_id == tokenizer.mask_id
-    assert shard.manifest.max_token_id == max(map(max, found))
-    assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
+    monkeypatch.setattr(part_reader, "_BATCH_DOCUMENTS", batch_documents)
+    preprocess(config(corpus, tmp_path, shard_size_bytes=20_000))
+    tokenizer = load_tokenizer(corpus.tokenizer)
+    expected = [[*tokenizer.encode(text), tokenizer.eod_id] for text in corpus.texts]
+    assert documents(tmp_path / "text") == expected
+    assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_options(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    preprocess(config(corpus, tmp_path, append_eod=False, minimum_characters=25))
-    tokenizer, shard = load_tokenizer(corpus / "tokenizer"), Shard(tmp_path / "shard")
-    kept = [text for text in TEXTS if len(text) >= 25]
-    assert [tokenizer.decode(shard.document(n)) for n in range(shard.num_documents)] == kept
-    assert shard.document(0).tolist() == tokenizer.encode(kept[0])
+def test_manifests_say_where_the_text_came_from(corpus: MixedCorpus, tmp_path: Path) -> None:
+    preprocess(config(corpus, tmp_path, shard_size_bytes=20_000))
+    found, tokenizer = manifests(tmp_path / "text"), load_tokenizer(corpus.tokenizer)
+    assert sum(m.text_bytes or 0 for m in found) == sum(len(t.encode()) for t in corpus.texts)
+    assert {(m.tokenizer_sha256, m.eod_id, m.mask_id) for m in found} == {
+        (tokenizer.sha256, tokenizer.eod_id, tokenizer.mask_id)
+    }
+    stretches: dict[str, list[tuple[int, int]]] = {}
+    for source in (source for m in found for source in m.sources):
+        stretches.setdefault(source.file, []).append((source.begin, source.end))
+    assert list(stretches) == corpus.files
+    num_texts = len(corpus.texts)
+    quarter = num_texts // 4
+    units = [len(json.dumps({"text": text})) + 1 for text in corpus.texts]
+    ends = [sum(units[n * quarter : (n + 1) * quarter]) for n in range(3)]
+    ends += [num_texts - 1 - 3 * quarter, len(corpus.texts[-1].encode())]
+    for file, end in zip(corpus.files, ends, strict=True):
+        places = stretches[file]
+        assert (places[0][0], places[-1][1]) == (0, end)
+        assert all(place[0] < place[1] for place in places)
+        if not file.endswith("a.jsonl"):
+            assert [begin for begin, _ in places[1:]] == [end for _, end in places[:-1]]
+    # A stretch of plain lines is said to begin where it was cut: the line there is not its own.
+    assert len(stretches[corpus.files[0]]) > 1
+
+
+def test_options(corpus: MixedCorpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preprocess(config(corpus, tmp_path, append_eod=False, minimum_characters=200))
+    kept = [text for text in corpus.texts if len(text) >= 200]
+    tokenizer = load_tokenizer(corpus.tokenizer)
+    assert documents(tmp_path / "text") == [tokenizer.encode(text) for text in kept]
+    (manifest,) = manifests(tmp_path / "text")
+    assert manifest.eod_id is None
+    num_short = len(corpus.texts) - len(kept)
+    assert manifest.left_out == {"too_short": num_short}
     output = capsys.readouterr().out
-    assert f"{shard.num_tokens:,} tokens, {len(kept):,} documents" in output
-    assert f"skipped {len(TEXTS) + 1 - len(kept):,} documents" in output
+    assert f"{manifest.tokens:,}" in output
+    assert f"{len(kept):,}" in output
+    assert f"{num_short:,} too short" in output
+    text_bytes = sum(len(text.encode()) for text in kept)
+    assert f"{text_bytes / manifest.tokens:.3f}" in output
+    assert f'data.train: {{"{tmp_path}/text": 1.0}}' in output
 
 
-def test_the_held_out_share_is_a_function_of_the_document(corpus: Path, tmp_path: Path) -> None:
-    preprocess(config(corpus, tmp_path, validation_fraction=0.2))
-    tokenizer = load_tokenizer(corpus / "tokenizer")
-    both = [Shard(tmp_path / name) for name in ("shard", "shard_valid")]
-    train, valid = (
-        [tokenizer.decode(shard.document(n)) for n in range(shard.num_documents)] for shard in both
-    )
-    assert valid == [text for text in [*TEXTS, "the last document"] if in_validation(text, 0.2)]
-    assert len(train) + len(valid) == len(TEXTS) + 1
-    assert 20 <= len(valid) <= 60
+def test_the_held_out_share_is_a_function_of_the_document(
+    corpus: MixedCorpus, tmp_path: Path
+) -> None:
+    preprocess(config(corpus, tmp_path, validation_fraction=0.2, shard_size_bytes=20_000))
+    is_held = [in_validation(text, 0.2) for text in corpus.texts]
+    normal = [unicodedata.normalize("NFC", text) for text in corpus.texts]
+    for name, side in (("text", False), ("text_valid", True)):
+        expected = [text for text, held in zip(normal, is_held, strict=True) if held == side]
+        assert decoded(corpus, tmp_path / name) == expected
+    assert 0.1 < sum(is_held) / len(is_held) < 0.3
     # A larger share holds everything that a smaller one does.
-    assert all(in_validation(text, 0.3) for text in valid)
+    assert all(in_validation(t, 0.3) for t in corpus.texts if in_validation(t, 0.2))
+    for side in ("train", "valid"):
+        facts = open_dataset(tmp_path / ("text" if side == "train" else "text_valid")).facts
+        assert facts.held_out is not None
+        assert (facts.held_out.fraction, facts.held_out.side) == (0.2, side)
 
 
-def test_bad_input_writes_no_shard(corpus: Path, tmp_path: Path) -> None:
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": "fine"}\n{"text": \n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl:2: not valid JSON"):
-        preprocess(config(corpus, tmp_path, input=[str(bad)]))
-    with pytest.raises(ValueError, match="no document of at least 1000000 characters"):
-        preprocess(config(corpus, tmp_path, minimum_characters=1_000_000))
-    with pytest.raises(ValueError, match=r"no document fell to .*shard_valid"):
-        preprocess(config(corpus, tmp_path, validation_fraction=1e-9))
-    with pytest.raises(ValueError, match="cannot read"):
-        preprocess(config(corpus, tmp_path, tokenizer=str(tmp_path)))
-    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+def test_text_without_tokens_is_left_out(
+    corpus: MixedCorpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tokenizer of others may strip blanks; a lone end of document is no text."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        input=corpus.files[0], model_prefix=str(tmp_path / "strips"), vocab_size=300, eos_id=2
+    )
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"text": "one"}\n{"text": " "}\n{"text": "two"}\n')
+    model = str(tmp_path / "strips.model")
+    preprocess(config(corpus, tmp_path, input=[str(lines)], tokenizer=model))
+    (manifest,) = manifests(tmp_path / "text")
+    assert (manifest.documents, manifest.left_out) == (2, {"no_tokens": 1})
+    assert manifest.text_bytes == 6
+    assert all(len(document) > 1 for document in documents(tmp_path / "text"))
+
+
+def test_a_finished_run_does_nothing_again(
+    corpus: MixedCorpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(corpus, tmp_path, shard_size_bytes=20_000, validation_fraction=0.1)
+    preprocess(settings)
+    first = capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("text*_0*")}
+    preprocess(settings)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("text*_0*")} == before
+    second = capsys.readouterr().out
+    assert "nothing to do" in second
+    assert second.splitlines()[:5] == first.splitlines()[:5], "totals count what was done before"
+
+
+def test_what_preprocess_wrote_is_no_input(corpus: MixedCorpus, tmp_path: Path) -> None:
+    for file in corpus.files[:2]:
+        (tmp_path / Path(file).name).write_bytes(Path(file).read_bytes())
+    settings = config(corpus, tmp_path, input=[str(tmp_path)])
+    preprocess(settings)
+    preprocess(settings)  # the input is what it was
+    with pytest.raises(ValueError, match="only what preprocess wrote"):
+        preprocess(replace(settings, input=[f"{tmp_path}/text*.json"]))
 
 
 def test_start_up_imports_neither_torch_nor_megatron() -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_dlm.data.shards import Shard, ShardWriter, shard_dtype
+from megatron_dlm.data.dataset import write_dataset
+from megatron_dlm.data.manifest import HeldOut, Manifest, Origin, Source
+from megatron_dlm.data.shard_writer import ShardWriter
+from megatron_dlm.data.shards import Shard, shard_dtype
 
 DOCUMENTS = [[5, 6, 7, 2], [8], [], [1, 2, 3, 4, 9, 10, 11], [499, 0]]
 
@@ -18,7 +24,7 @@ def write(prefix: Path, documents: list[list[int]] = DOCUMENTS, vocab_size: int 
     with ShardWriter(prefix, vocab_size=vocab_size, mask_id=vocab_size - 2) as writer:
         for document in documents:
             writer.add_document(np.array(document, dtype=np.int64))
-        writer.publish(["a.txt"])
+        writer.publish()
     return prefix
 
 
@@ -64,8 +70,15 @@ def test_round_trip_and_manifest(tmp_path: Path) -> None:
     assert [shard.document(number).tolist() for number in range(5)] == DOCUMENTS
     assert shard.tokens(3, 4).tolist() == [2, 8, 1, 2]
     manifest = json.loads((tmp_path / "deep" / "shard.manifest.json").read_text())
+    sums = {
+        f"{name}_sha256": hashlib.sha256(
+            (tmp_path / "deep" / f"shard.{name}").read_bytes()
+        ).hexdigest()
+        for name in ("bin", "idx")
+    }
     assert manifest == {
-        "format": 1,
+        **sums,
+        "format": 2,
         "vocab_size": 500,
         "tokens": 14,
         "documents": 5,
@@ -74,8 +87,25 @@ def test_round_trip_and_manifest(tmp_path: Path) -> None:
         "eod_id": None,
         "mask_id": 498,
         "max_token_id": 499,
-        "source": ["a.txt"],
+        "sources": [],
+        "text_bytes": None,
+        "left_out": {},
+        "held_out": None,
+        "origin": None,
     }
+
+
+def test_manifest_round_trip(tmp_path: Path) -> None:
+    manifest = Manifest(
+        vocab_size=5, tokens=0, documents=0, dtype="uint16", tokenizer_sha256="a", eod_id=1,
+        mask_id=None, max_token_id=-1, bin_sha256="b", idx_sha256="c",
+        sources=[Source("a.jsonl", 3, 9)], text_bytes=6, left_out={"empty_file": 2},
+        held_out=HeldOut(0.25, "valid", by="tokens"),
+        origin=Origin("d", "e", job=1, num_jobs=3, part=2, is_last=False, resume_at=[0, 9]),
+    )  # fmt: skip
+    manifest.write(tmp_path / "shard")
+    assert Manifest.read(tmp_path / "shard") == manifest
+    assert Manifest.read(tmp_path / "none") is None
 
 
 def test_empty_shard(tmp_path: Path) -> None:
@@ -173,6 +203,101 @@ def test_manifest_of_another_shard_is_refused(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ValueError, match=r"shard\.manifest\.json is not a shard manifest"):
         Shard(prefix)
-    path.write_text(json.dumps({**manifest, "format": 2}))
-    with pytest.raises(ValueError, match="has format 2"):
+    path.write_text(json.dumps({**manifest, "dtype": "int16"}))
+    with pytest.raises(ValueError, match=r"changed since its manifest: .* as uint16.* as int16"):
         Shard(prefix)
+    for damaged in ({"format": 1}, {"origin": [1]}, {"sources": 5}, {"held_out": {"x": 1}}):
+        path.write_text(json.dumps({**manifest, **damaged}))
+        with pytest.raises(ValueError, match=r"shard\.manifest\.json is not a shard manifest"):
+            Shard(prefix)
+
+
+def overwrite(path: str, offset: int, number: int, kind: str) -> None:
+    with open(path, "r+b") as stream:
+        stream.seek(offset)
+        stream.write(struct.pack(kind, number))
+
+
+# test_shards' shard: 5 sequences of 4, 1, 0, 7, 2 tokens; 34 + 5 * 4 bytes precede the pointers
+POINTERS, BOUNDS = 34 + 5 * 4, 34 + 5 * 12
+
+
+@pytest.mark.parametrize(
+    ("offset", "number"),
+    [
+        (POINTERS + 8, 1 << 40),  # outside of the file
+        (POINTERS + 8, -8),
+        (POINTERS + 8, 9),  # between two tokens
+        (POINTERS + 8, 24),  # goes backwards
+        (BOUNDS + 8, 6),
+        (BOUNDS + 8, -2),
+        (BOUNDS + 8, 4),
+    ],
+)
+def test_damaged_index_is_named_where_it_is_met(tmp_path: Path, offset: int, number: int) -> None:
+    prefix = str(write(tmp_path / "shard"))
+    overwrite(f"{prefix}.idx", offset, number, "<q")
+    shard = Shard(prefix)
+    with pytest.raises(ValueError, match=r"shard\.idx is damaged: what it says of documents"):
+        shard.document_spans(np.arange(shard.num_documents))
+
+
+def test_index_that_does_not_begin_at_the_begin_is_refused(tmp_path: Path) -> None:
+    prefix = str(write(tmp_path / "shard"))
+    overwrite(f"{prefix}.idx", POINTERS, 2, "<q")
+    with pytest.raises(ValueError, match="must begin at byte 0"):
+        Shard(prefix)
+
+
+def test_tokens_cut_in_two_are_refused(tmp_path: Path) -> None:
+    prefix = str(write(tmp_path / "shard"))
+    overwrite(f"{prefix}.idx", POINTERS + 32, 23, "<q")
+    cut(f"{prefix}.bin", 27)
+    with pytest.raises(ValueError, match=r"shard\.bin is not made of whole tokens of 2 bytes: 27"):
+        Shard(prefix)
+
+
+def test_document_of_every_token(tmp_path: Path) -> None:
+    shard = Shard(write(tmp_path / "shard"))
+    owners = [n for n, document in enumerate(DOCUMENTS) for _ in document]
+    assert [shard.document_at(token) for token in range(shard.num_tokens)] == owners
+
+
+def test_two_writers_of_one_shard(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "shard", vocab_size=500) as writer:
+        writer.add_document(np.array([7]))
+        with pytest.raises(
+            ValueError, match=r"shard\.bin\.tmp is being written by another process"
+        ):
+            ShardWriter(tmp_path / "shard", vocab_size=500)
+        writer.publish()
+    assert Shard(tmp_path / "shard").document(0).tolist() == [7]
+
+
+def test_waiting_for_the_lock_does_not_empty_what_was_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second writer opens the temporary file just before the first one publishes it."""
+    first = ShardWriter(tmp_path / "shard", vocab_size=500)
+    first.add_document(np.array([7, 8]))
+    lock = fcntl.flock
+
+    def publish_then_lock(stream: object, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        first.publish()
+        lock(stream, operation)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", publish_then_lock)
+    with ShardWriter(tmp_path / "shard", vocab_size=500):
+        assert Shard(tmp_path / "shard").document(0).tolist() == [7, 8]
+
+
+def test_shard_and_list_of_one_name_are_refused(tmp_path: Path) -> None:
+    part = write(tmp_path / "part")
+    write_dataset(tmp_path / "text", [part])
+    with pytest.raises(ValueError, match=r"text cannot be written beside .*text\.dataset\.json"):
+        write(tmp_path / "text")
+    with pytest.raises(
+        ValueError, match=r"part\.dataset\.json cannot be written beside .*part\.bin"
+    ):
+        write_dataset(part, [part])

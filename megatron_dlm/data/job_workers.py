@@ -1,0 +1,196 @@
+"""Worker processes that run the jobs of a preprocess run, each one job after the other.
+
+They are spawned, never forked: this process has threads. A worker stops where nobody reads its
+reports any more, so none outlives this process or an error of another, and no signal ever comes in
+the middle of a shard.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import NamedTuple
+
+from megatron_dlm.config.commands import PreprocessConfig
+from megatron_dlm.data.input_plan import Job
+from megatron_dlm.data.recipe import Recipe
+from megatron_dlm.data.shard_job import JobRunner, Progress
+from megatron_dlm.data.stop_request import STOP_SIGNALS
+from megatron_dlm.runtime.errors import is_users
+
+# A worker notices within a batch that it has to end; one that does not is killed.
+_GRACE_SECONDS = 10.0
+_POLL_SECONDS = 0.2
+
+
+class Report(NamedTuple):
+    """What a worker has done since its last report."""
+
+    job: int
+    progress: Progress | None
+    """None: the job is done."""
+    encoder: str
+    """The library that encodes, and why it is not the fast one."""
+
+
+def run_jobs(
+    jobs: Mapping[int, Job],
+    config: PreprocessConfig,
+    recipe: Recipe,
+    *,
+    num_workers: int,
+    check: Callable[[], None],
+) -> Generator[Report, None, None]:
+    """Run the jobs by number on so many processes (1: in this one) and yield what they report.
+
+    Raises what a worker raised, ValueError or OSError, and RuntimeError with its traceback for a
+    defect; and what `check` raises, which is called often. Closing the iterator ends the workers;
+    shards that are not whole are removed.
+    """
+    num_threads = max(1, num_cores() // num_workers)
+    if num_workers == 1:
+        with closing(_run_all(JobRunner(config, recipe, num_threads=num_threads), jobs)) as reports:
+            for report in reports:
+                yield report
+                check()
+        return
+    pending = iter(jobs.items())
+    workers: dict[Connection, SpawnProcess] = {}
+    try:
+        for _ in range(num_workers):
+            channel, process = _start(config, recipe, num_threads)
+            workers[channel] = process
+            channel.send(next(pending, None))
+        while workers:
+            check()
+            for ready in wait(list(workers), _POLL_SECONDS):
+                assert isinstance(ready, Connection)
+                message = _receive(ready, workers[ready])
+                if message is None:
+                    workers.pop(ready).join()
+                    continue
+                yield message
+                if message.progress is None:
+                    ready.send(next(pending, None))
+    finally:
+        _end(workers)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _run_all(runner: JobRunner, jobs: Mapping[int, Job]) -> Generator[Report, None, None]:
+    for number, job in jobs.items():
+        with closing(runner.run(number, job)) as reports:
+            for progress in reports:
+                yield Report(number, progress, runner.encoder)
+        yield Report(number, None, runner.encoder)
+
+
+def _start(
+    config: PreprocessConfig, recipe: Recipe, num_threads: int
+) -> tuple[Connection, SpawnProcess]:
+    """A worker, and the channel through which jobs go and reports come."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    arguments = (theirs, config, recipe, num_threads)
+    process = context.Process(target=_work, args=arguments, name="preprocess", daemon=True)
+    # Starting it is part of the first start, and would unblock the signals again.
+    resource_tracker.ensure_running()
+    with _stop_signals_blocked():
+        process.start()
+    theirs.close()
+    return ours, process
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """A process started here never sees them: they reach all of a group, and we end our workers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _receive(channel: Connection, process: SpawnProcess) -> Report | None:
+    """The next report; None when the worker has done all that it was given."""
+    try:
+        message = channel.recv()
+    except (EOFError, ConnectionResetError):
+        process.join()
+        why = f"exit status {process.exitcode}"
+        if process.exitcode == -signal.SIGKILL:
+            why = "killed, perhaps for want of memory: try fewer workers"
+        raise ChildProcessError(
+            f"a worker process ended early ({why}); the same command goes on from here"
+        ) from None
+    if isinstance(message, BaseException):
+        raise message
+    assert message is None or isinstance(message, Report)
+    return message
+
+
+def _end(workers: Mapping[Connection, SpawnProcess]) -> None:
+    """Hang up, so that they end, and see to it that they do."""
+    for channel in workers:
+        channel.close()
+    for process in workers.values():
+        process.join(_GRACE_SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _work(channel: Connection, config: PreprocessConfig, recipe: Recipe, num_threads: int) -> None:
+    """A worker: runs the jobs that come through the channel until None comes."""
+    threading.Thread(target=_die_with_parent, name="die_with_parent", daemon=True).start()
+    # Read by the tokenizer libraries when they start their threads.
+    os.environ["RAYON_NUM_THREADS"] = str(num_threads)
+    try:
+        runner = JobRunner(config, recipe, num_threads=num_threads)
+        while (task := _receive_task(channel)) is not None:
+            with closing(_run_all(runner, dict([task]))) as reports:
+                if not all(_is_sent(channel, report) for report in reports):
+                    return
+        _is_sent(channel, None)
+    except Exception as error:
+        _is_sent(channel, error if is_users(error) else RuntimeError(traceback.format_exc()))
+
+
+def _receive_task(channel: Connection) -> tuple[int, Job] | None:
+    """The next job; None where there is none, or the parent has hung up."""
+    try:
+        task: tuple[int, Job] | None = channel.recv()
+    except (EOFError, OSError):
+        return None
+    return task
+
+
+def _is_sent(channel: Connection, message: Report | Exception | None) -> bool:
+    """Whether the parent still listens."""
+    try:
+        channel.send(message)
+    except OSError:
+        return False
+    return True
+
+
+def _die_with_parent() -> None:
+    """Even kill -9 of the parent ends its workers; what they leave is overwritten next time."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
