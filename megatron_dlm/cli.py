@@ -14,9 +14,9 @@ from importlib import import_module
 from typing import Any
 
 from megatron_dlm import __version__
-from megatron_dlm.runtime.errors import AgreedError
+from megatron_dlm.runtime.errors import AgreedError, is_users
 
-# name: (help line, configuration class, function of one configuration)
+# name, of one or two words: (help line, configuration class, function of one configuration)
 COMMANDS = {
     "train": (
         "train a model, or go on with an interrupted run",
@@ -33,10 +33,50 @@ COMMANDS = {
         "megatron_dlm.config.commands:PreprocessConfig",
         "megatron_dlm.data.preprocess:preprocess",
     ),
+    "data inspect": (
+        "show what shards hold: lengths, ids, decoded text",
+        "megatron_dlm.config.data_commands:InspectConfig",
+        "megatron_dlm.data.inspection:inspect",
+    ),
+    "data count": (
+        "count documents, tokens, windows and epochs",
+        "megatron_dlm.config.data_commands:CountConfig",
+        "megatron_dlm.data.counting:count",
+    ),
+    "data verify": (
+        "check shards and name the first bad document",
+        "megatron_dlm.config.data_commands:VerifyConfig",
+        "megatron_dlm.data.verification:verify",
+    ),
+    "data split": (
+        "hold documents out for validation",
+        "megatron_dlm.config.data_commands:SplitConfig",
+        "megatron_dlm.data.split:split",
+    ),
+    "data merge": (
+        "make one dataset of many shards",
+        "megatron_dlm.config.data_commands:MergeConfig",
+        "megatron_dlm.data.merge:merge",
+    ),
     "plan": (
         "parameters, FLOPs, memory and time of a configuration",
         "megatron_dlm.config.commands:PlanRunConfig",
         "megatron_dlm.scaling.plan_run:plan_run",
+    ),
+    "generate": (
+        "text from a model, or from several side by side",
+        "megatron_dlm.config.generation_commands:GenerateConfig",
+        "megatron_dlm.generation.generate:generate",
+    ),
+    "export": (
+        "write a checkpoint as a Hugging Face directory, and prove it equal",
+        "megatron_dlm.config.hf_commands:ExportConfig",
+        "megatron_dlm.hf.export:export",
+    ),
+    "import": (
+        "make a Hugging Face model the first checkpoint of a run",
+        "megatron_dlm.config.hf_commands:ImportConfig",
+        "megatron_dlm.hf.importing:import_model",
     ),
     "quickstart": (
         "the whole story on an embedded corpus, in minutes on a laptop",
@@ -61,7 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"megatron-dlm {__version__}")
         return 0
-    name, *rest = arguments
+    if is_group(arguments[0]) and arguments[1:] in ([], ["-h"], ["--help"]):
+        print(_overview(arguments[0]))
+        return 0 if arguments[1:] else 2
+    name, rest = split_command(arguments)
     try:
         config = _configure(name, rest)
     except (ValueError, OSError) as error:
@@ -78,14 +121,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def is_group(word: str) -> bool:
+    """Whether commands of two words begin with this one."""
+    return any(name.startswith(f"{word} ") for name in COMMANDS)
+
+
+def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of the command, of one or two words, and its flags."""
+    num_words = 1 + is_group(arguments[0])
+    return " ".join(arguments[:num_words]), list(arguments[num_words:])
+
+
 def _configure(name: str, arguments: list[str]) -> Any:
     """The checked configuration of a command; None when it was only to be printed."""
     if name not in COMMANDS:
         from megatron_dlm.config.keys import suggestion
 
-        raise ValueError(
-            f"unknown command{suggestion(name, COMMANDS)} (have: {', '.join(COMMANDS)})"
-        )
+        group = name.partition(" ")[0]
+        known = [known for known in COMMANDS if known.startswith(f"{group} ")] or list(COMMANDS)
+        raise ValueError(f"unknown command{suggestion(name, known)} (have: {', '.join(known)})")
     print_only = "--print_config" in arguments
     arguments = [argument for argument in arguments if argument != "--print_config"]
     parse = _load("megatron_dlm.config.parse:parse")
@@ -110,27 +164,30 @@ def _dump_resolved(config: Any) -> str:
     return dump(resolve(config) if isinstance(config, RunConfig) else config)
 
 
-def _overview() -> str:
-    width = max(len(name) for name in COMMANDS)
-    lines = [f"  {name:<{width}}  {text}" for name, (text, _, _) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: megatron-dlm COMMAND [--config FILE.yaml] [--key value ...]",
-            "",
-            "Autoregressive and diffusion language models, trained alike on Megatron Core.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "`megatron-dlm COMMAND --help` documents every key; `--print_config` prints the",
-            "configuration that a command would use. On several ranks:",
-            "  torchrun --nproc-per-node 4 -m megatron_dlm train --config FILE.yaml",
-        ]
-    )
+def _overview(group: str = "") -> str:
+    first = f"{group} " if group else ""
+    shown = {name: text for name, (text, _, _) in COMMANDS.items() if name.startswith(first)}
+    width = max(len(name) for name in shown)
+    command = f"{group} COMMAND" if group else "COMMAND"
+    lines = [
+        f"usage: megatron-dlm {command} [--config FILE.yaml] [--key value ...]",
+        "",
+        "Autoregressive and diffusion language models, trained alike on Megatron Core.",
+        "",
+        "commands:",
+        *(f"  {name:<{width}}  {text}" for name, text in shown.items()),
+        "",
+        f"`megatron-dlm {command} --help` documents every key; `--print_config` prints the",
+        "configuration that a command would use.",
+    ]
+    if not group:
+        lines[-1] += " On several ranks:"
+        lines.append("  torchrun --nproc-per-node 4 -m megatron_dlm train --config FILE.yaml")
+    return "\n".join(lines)
 
 
 def _refuse(name: str, error: ValueError | OSError, *, is_speaker: bool) -> int:
-    if isinstance(error, ValueError) and not _is_raised_here(error):
+    if not is_users(error):
         raise error
     if not is_speaker:
         time.sleep(_LET_RANK_0_SPEAK_SECONDS)
@@ -140,16 +197,6 @@ def _refuse(name: str, error: ValueError | OSError, *, is_speaker: bool) -> int:
         message = " ".join(str(error).split())
         print(f"megatron-dlm {name}{place}: error: {message}", file=sys.stderr)
     return 2
-
-
-def _is_raised_here(error: BaseException) -> bool:
-    """Whether our own code raised it: a ValueError from inside a library is a defect, not input."""
-    traceback = error.__traceback__
-    if traceback is None:
-        return False
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return str(traceback.tb_frame.f_globals.get("__name__", "")).split(".")[0] == "megatron_dlm"
 
 
 def _rank() -> int:

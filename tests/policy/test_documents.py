@@ -17,9 +17,11 @@ DOCUMENTS += sorted((ROOT / "examples").rglob("*.md"))
 
 
 def parses(arguments: list[str]) -> bool:
-    name, *rest = arguments
-    if name.startswith("--"):
-        return name in ("--help", "--version")
+    if arguments[0].startswith("--"):
+        return arguments[0] in ("--help", "--version")
+    if cli.is_group(arguments[0]) and arguments[1:] == ["--help"]:
+        return True
+    name, rest = cli.split_command(arguments)
     config_class = cli._load(cli.COMMANDS[name][1])
     flags = [word for word in rest if word not in ("--help", "--print_config")]
     parse(config_class, flags, prog=name)

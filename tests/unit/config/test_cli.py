@@ -44,10 +44,47 @@ def test_version_overview_and_unknown_command() -> None:
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_of_every_command(name: str) -> None:
-    answer = run(name, "--help")
+    answer = run(*name.split(), "--help")
     assert answer.returncode == 0, answer.stderr
     assert f"usage: megatron-dlm {name}" in answer.stdout
     assert "--config" in answer.stdout
+
+
+def test_overview_of_a_group_of_commands() -> None:
+    overview = run("data", "--help")
+    assert overview.returncode == 0
+    assert "usage: megatron-dlm data COMMAND" in overview.stdout
+    shown = {name for name in cli.COMMANDS if f"\n  {name} " in overview.stdout}
+    assert shown == {f"data {word}" for word in ("inspect", "count", "verify", "split", "merge")}
+    alone = run("data")
+    assert (alone.returncode, alone.stdout) == (2, overview.stdout)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data", "inspct"], "data inspct: error: unknown command; did you mean data inspect? ("),
+        (["data", "--input", "x"], "data --input: error: unknown command"),
+        (["dta", "inspect"], "dta: error: unknown command"),
+        (["data", "count", "--inpt", "x"], "data count: error: unknown flag --inpt; did you mean"),
+        (["data", "count"], "data count: error: input is missing"),
+    ],
+)
+def test_misspelt_command_of_two_words(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"megatron-dlm {message}")
+    assert error.count("\n") == 1
+    if words[0] == "data" and "unknown command" in error:
+        assert "(have: data inspect, data count, data verify, data split, data merge)" in error
+
+
+def test_configuration_of_a_command_of_two_words(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", "merge", "--output_prefix", "a", "--input", "b", "c", "--print_config"]
+    assert cli.main(words) == 0
+    assert "output_prefix: a\ninput:\n- b\n- c\ncopy: false\n" in capsys.readouterr().out
 
 
 def test_user_error_is_one_line_on_rank_zero_and_exit_2_everywhere() -> None:
