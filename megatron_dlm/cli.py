@@ -68,6 +68,11 @@ COMMANDS = {
         "megatron_dlm.config.generation_commands:GenerateConfig",
         "megatron_dlm.generation.generate:generate",
     ),
+    "evaluate": (
+        "loss on shards, with error bars; scores on lm-eval's tasks",
+        "megatron_dlm.config.evaluation_commands:EvaluateConfig",
+        "megatron_dlm.evaluation.evaluate:evaluate",
+    ),
     "export": (
         "write a checkpoint as a Hugging Face directory, and prove it equal",
         "megatron_dlm.config.hf_commands:ExportConfig",

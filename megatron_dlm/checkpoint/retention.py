@@ -15,6 +15,8 @@ from megatron_dlm.runtime.files import write_whole
 MANIFEST_NAME = "megatron_dlm.json"
 LATEST_NAME = "latest_checkpointed_iteration.txt"
 UNFINISHED_SUFFIX = ".unfinished"
+# In the manifest of an imported checkpoint: it holds no optimizer state and saw no data of ours.
+WEIGHTS_ONLY = "weights_only"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 

@@ -196,7 +196,14 @@ class _WriterReport:
 
 
 def load(checkpoint: Checkpoint, subject: Checkpointed) -> TrainState:
-    """Restore weights, moments and counters from a checkpoint of any layout. Collective."""
+    """Restore weights, moments and counters from a checkpoint of any layout. Collective.
+
+    Of an imported checkpoint only the weights: training starts with fresh moments.
+    """
+    if checkpoint.manifest.get(retention.WEIGHTS_ONLY):
+        load_weights(checkpoint, subject.models, subject.parallel)
+        subject.optimizer.reload_model_params()
+        return TrainState(step=checkpoint.step)
     model = model_state(subject.models, subject.parallel)
     optimizer = optimizer_state(subject.optimizer, model, subject.parallel, is_loading=True)
     loaded = _read(checkpoint.path, {**model, **optimizer}, subject.parallel)
@@ -209,24 +216,35 @@ def load(checkpoint: Checkpoint, subject: Checkpointed) -> TrainState:
 def load_weights(
     checkpoint: Checkpoint, models: Sequence[LanguageModel], parallel: ParallelContext
 ) -> None:
-    """Restore only the weights (for generation and evaluation). Collective."""
-    restore_model(models, _read(checkpoint.path, model_state(models, parallel), parallel))
+    """Restore only the weights. Collective."""
+    # Left out: what layer implementations keep besides weights, such as FP8 scales.
+    state = {
+        name: {key: place for key, place in chunk.items() if not key.endswith("_extra_state")}
+        for name, chunk in model_state(models, parallel).items()
+    }
+    loaded = _read(checkpoint.path, state, parallel)
+    for number, model in enumerate(models):
+        missing, unexpected = model.load_state_dict(loaded[f"model{number}"], strict=False)
+        missing = [key for key in missing if not key.endswith("_extra_state")]
+        assert not missing, f"without a value: {missing}"
+        assert not unexpected, f"without a place: {unexpected}"
 
 
 def check_description(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
     """Raise ValueError if the checkpoint is of another model, or was trained on other data.
 
     `expected` as given to `CheckpointStore`: the sections `model` (names the first differing value)
-    and `data` (a digest).
+    and `data` (a digest, which an imported checkpoint has none of).
     """
     stored = checkpoint.manifest
+    made_with = {**stored["config"]["model"], **stored["model"]}
     for name, value in expected["model"].items():
-        if stored["model"].get(name) != value:
+        if made_with.get(name) != value:
             raise ValueError(
-                f"{checkpoint.path} was made with model.{name} {stored['model'].get(name)}, this "
+                f"{checkpoint.path} was made with model.{name} {made_with.get(name)}, this "
                 f"run has {value}; use the same value or another train.output_dir"
             )
-    if stored["data"] != expected["data"]:
+    if not stored.get(retention.WEIGHTS_ONLY) and stored["data"] != expected["data"]:
         raise ValueError(
             f"{checkpoint.path} was trained on other data: the shards of data.train, their weights "
             "or the unique subset have changed; restore them or choose another train.output_dir"

@@ -31,9 +31,11 @@ class ModelConfig:
     hidden_size: int = 128
     """Width of the residual stream."""
     num_attention_heads: int = 4
-    """Number of query heads; hidden_size must be a multiple of it."""
+    """Number of query heads; hidden_size must be a multiple of it unless kv_channels is given."""
     num_query_groups: int | None = None
     """Number of key-value heads (grouped-query attention); default: one per query head."""
+    kv_channels: int | None = None
+    """Width of one attention head; default: hidden_size / num_attention_heads."""
     ffn_hidden_size: int | None = None
     """Inner width of the MLP; default: 4 * hidden_size; swiglu: 8/3 of it rounded up to 64."""
     activation: Literal["swiglu", "squared_relu", "gelu"] = "swiglu"
@@ -44,6 +46,8 @@ class ModelConfig:
     """Epsilon of all RMSNorms."""
     rotary_base: int = 10_000
     """Base period of the rotary position embedding."""
+    rope_scaling_factor: float | None = None
+    """Stretch the rotary embedding by this factor as Llama 3.1 does, from 8192 positions on."""
     seq_length: int = 128
     """Tokens in one sample."""
     vocab_size: int | None = None
@@ -81,17 +85,31 @@ class ModelConfig:
                 "recompute_num_layers": self.recompute_num_layers,
             },
         )
-        for name in ("num_query_groups", "ffn_hidden_size", "vocab_size"):
+        for name in ("num_query_groups", "kv_channels", "ffn_hidden_size", "vocab_size"):
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name} is {value}; it must be positive")
+        factor = self.rope_scaling_factor
         require(
-            self.hidden_size % self.num_attention_heads == 0,
+            factor is None or factor >= 1,
+            f"model.rope_scaling_factor is {factor}; it must be at least 1",
+        )
+        self._check_heads()
+        dropouts = {
+            "hidden_dropout": self.hidden_dropout,
+            "attention_dropout": self.attention_dropout,
+        }
+        require_fraction("model", dropouts, below_one=True)
+
+    def _check_heads(self) -> None:
+        require(
+            self.kv_channels is not None or self.hidden_size % self.num_attention_heads == 0,
             f"model.hidden_size {self.hidden_size} is not a multiple of "
             f"model.num_attention_heads {self.num_attention_heads}",
         )
+        source = "model.hidden_size / model.num_attention_heads"
         require(
             self.head_size % 2 == 0,
-            f"model.hidden_size / model.num_attention_heads is {self.head_size}; "
+            f"{'model.kv_channels' if self.kv_channels else source} is {self.head_size}; "
             "rotary embeddings need it even",
         )
         require(
@@ -99,16 +117,11 @@ class ModelConfig:
             f"model.num_attention_heads {self.num_attention_heads} is not a multiple of "
             f"model.num_query_groups {self.query_groups}",
         )
-        dropouts = {
-            "hidden_dropout": self.hidden_dropout,
-            "attention_dropout": self.attention_dropout,
-        }
-        require_fraction("model", dropouts, below_one=True)
 
     @property
     def head_size(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def query_groups(self) -> int:

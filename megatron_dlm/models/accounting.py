@@ -243,4 +243,4 @@ def _without_recompute(model: ModelConfig) -> ModelConfig:
 
 def _widths(model: ModelConfig) -> tuple[int, int]:
     """(query width, key width = value width)."""
-    return model.hidden_size, model.query_groups * model.head_size
+    return model.num_attention_heads * model.head_size, model.query_groups * model.head_size

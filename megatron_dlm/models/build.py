@@ -124,6 +124,8 @@ def _build_chunk(
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling_factor is not None,
+        rope_scaling_factor=model.rope_scaling_factor or 1.0,
         pg_collection=parallel.groups,
         vp_stage=virtual_stage,
     )

@@ -71,8 +71,9 @@ def local_parameters(model: ModelConfig, parallel: ParallelConfig) -> int:
         {"untie_embeddings_and_output_weights": True},
         {"activation": "gelu", "qk_layernorm": False},
         {"num_query_groups": None, "ffn_hidden_size": 48, "activation": "squared_relu"},
+        {"kv_channels": 12},
     ],
-    ids=["tied", "untied", "gelu", "squared_relu"],
+    ids=["tied", "untied", "gelu", "squared_relu", "kv_channels"],
 )
 def test_count_equals_the_built_model(changes: dict[str, Any], ranks: RankPool) -> None:
     model = dataclasses.replace(TINY, **changes)

@@ -1,0 +1,1 @@
+"""In and out of Hugging Face's format, tensor by tensor; no ranks."""

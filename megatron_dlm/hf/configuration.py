@@ -1,0 +1,343 @@
+"""One table of settings: our model section on one side, Hugging Face's config.json on the other.
+
+What one side cannot say is refused by name, in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.hf.mapping import has_query_bias
+
+Layout = Literal["qwen3", "qwen2", "llama", "megatron_dlm", "megadlms"]
+ObjectiveKind = Literal["autoregressive", "masked"]
+
+MODELING, CONFIGURATION = "modeling_megatron_dlm", "configuration_megatron_dlm"
+_ARCHITECTURES: dict[str, Layout] = {
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2ForCausalLM": "qwen2",
+    "LlamaForCausalLM": "llama",
+    "MegatronDLMForCausalLM": "megatron_dlm",
+    "DiffLM": "megadlms",
+}
+_AUTO_MAPS: dict[Layout, dict[str, str]] = {
+    "megatron_dlm": {
+        "AutoConfig": f"{CONFIGURATION}.MegatronDLMConfig",
+        "AutoModel": f"{MODELING}.MegatronDLMModel",
+        "AutoModelForCausalLM": f"{MODELING}.MegatronDLMForCausalLM",
+    },
+    "megadlms": {
+        "AutoConfig": "configuration_dlm.DLMConfig",
+        "AutoModelForCausalLM": "modeling_dlm.DiffLM",
+    },
+}
+# activation -> (hidden_act, gated_mlp)
+_ACTIVATIONS = {"swiglu": ("silu", True), "squared_relu": ("relu2", False), "gelu": ("gelu", False)}
+# Options of Megatron Core that say how the model is computed, not what.
+_HOW_NOT_WHAT = (
+    "apply_query_key_layer_scaling",
+    "apply_rope_fusion",
+    "attention_backend",
+    "attention_softmax_in_fp32",
+    "batch_invariant_mode",
+    "cpu_offloading",
+    "cross_entropy",
+    "cuda_graph",
+    "deterministic_mode",
+    "disable_",
+    "distribute_saved_activations",
+    "enable_cuda_graph",
+    "fp32_residual_connection",
+    "fp8",
+    "fused_",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "memory_efficient_layer_norm",
+    "overlap_",
+    "persist_layer_norm",
+    "recompute_modules",
+    "tp_comm_",
+    "tp_only_amax_red",
+    "use_",
+)
+
+
+# Llama 3.1's scaling of the rotary embedding, as Megatron Core has it: only its factor is free.
+_ROPE_SCALING = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids that config.json names; None where there is none."""
+
+    mask: int | None = None
+    pad: int | None = None
+    bos: int | None = None
+    eos: int | None = None
+    silent: tuple[int, ...] = ()
+    """Ids that stand for no text and must not be generated."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a config.json says."""
+
+    layout: Layout
+    model: ModelConfig
+    kind: ObjectiveKind
+    ids: SpecialIds
+
+
+def check_expressible(model: ModelConfig) -> None:
+    """Refuse, by name, options of which no exported model knows."""
+    for name, value in model.megatron.items():
+        if name == "add_qkv_bias" or name.startswith(_HOW_NOT_WHAT) or value in (None, False):
+            continue
+        raise ValueError(
+            f"model.megatron.{name} is {value}, which may change what the model computes and which "
+            "Hugging Face's format cannot express here; train without it to export"
+        )
+
+
+def choose_layout(model: ModelConfig, kind: ObjectiveKind, wanted: str) -> Layout:
+    """The layout to write: auto takes stock code where it computes the same, else ours.
+
+    Raises ValueError naming what keeps the model out of the wanted layout.
+    """
+    check_expressible(model)
+    if wanted == "megatron_dlm":
+        return "megatron_dlm"
+    has_bias, gated = has_query_bias(model), model.activation == "swiglu"
+    if wanted == "megadlms":
+        obstacles = {
+            f"objective.kind {kind} (it must be masked)": kind != "masked",
+            f"model.activation {model.activation} (it must be swiglu)": not gated,
+            "model.qk_layernorm false (it must be true)": not model.qk_layernorm,
+            "model.megatron.add_qkv_bias true (it must be false)": has_bias,
+            "model.rope_scaling_factor (it must be null)": model.rope_scaling_factor is not None,
+        }
+        for obstacle, stands in obstacles.items():
+            if stands:
+                raise ValueError(f"layout megadlms cannot express {obstacle}; use layout auto")
+        return "megadlms"
+    if kind != "autoregressive" or not gated or (model.qk_layernorm and has_bias):
+        return "megatron_dlm"
+    if model.qk_layernorm:
+        return "qwen3"
+    if has_bias:
+        return "qwen2" if model.kv_channels is None else "megatron_dlm"
+    # transformers 5 insists on this although head_dim is given.
+    is_divisible = model.hidden_size % model.num_attention_heads == 0
+    return "llama" if is_divisible else "megatron_dlm"
+
+
+def write_config(
+    model: ModelConfig, kind: ObjectiveKind, layout: Layout, *, ids: SpecialIds, dtype: str
+) -> dict[str, Any]:
+    """config.json of a model; readable by transformers 4.51 to 5."""
+    hidden_act, gated = _ACTIVATIONS[model.activation]
+    (architecture,) = (name for name, known in _ARCHITECTURES.items() if known == layout)
+    config: dict[str, Any] = {
+        "architectures": [architecture],
+        "auto_map": _AUTO_MAPS.get(layout),
+        "model_type": None if layout == "megadlms" else layout,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "head_dim": model.head_size,
+        "hidden_act": hidden_act,
+        "rms_norm_eps": model.normalization_epsilon,
+        "rope_theta": float(model.rotary_base),
+        "max_position_embeddings": model.seq_length,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "initializer_range": model.init_method_std,
+        "attention_dropout": 0.0,
+        "torch_dtype": dtype,
+        "pad_token_id": ids.pad,
+        "bos_token_id": ids.bos,
+        "eos_token_id": ids.eos,
+        "use_cache": layout in ("qwen3", "qwen2", "llama"),
+    }
+    config = {name: value for name, value in config.items() if value is not None}
+    # Said even where it is null: defaults are other values or warnings.
+    config |= {"use_sliding_window": False, "sliding_window": None}
+    if model.rope_scaling_factor is not None:
+        config["rope_scaling"] = {**_ROPE_SCALING, "factor": float(model.rope_scaling_factor)}
+    elif layout == "megadlms":
+        config["rope_scaling"] = None
+    if layout in ("qwen3", "llama", "megatron_dlm"):
+        config["attention_bias"] = has_query_bias(model)
+    if layout in ("megatron_dlm", "megadlms"):
+        config |= {
+            "attn_mask_type": "causal" if kind == "autoregressive" else "bidirectional",
+            "mask_token_id": ids.mask,
+        }
+    if layout == "megatron_dlm":
+        config |= {
+            "objective_kind": kind,
+            "qk_layernorm": model.qk_layernorm,
+            "gated_mlp": gated,
+            "silent_token_ids": list(ids.silent),
+        }
+    return config
+
+
+def read_config(config: Mapping[str, Any], path: Path) -> Described:
+    """What a config.json says, in our words.
+
+    Raises ValueError naming `path` and the key for an architecture or a setting we do not have.
+    """
+    layout = _layout_of(config, path)
+    _refuse_foreign_settings(config, layout, path)
+
+    def count(name: str) -> int:
+        return _count(config, name, path)
+
+    hidden_size, num_heads = count("hidden_size"), count("num_attention_heads")
+    # Qwen3's own default is 128, not the quotient.
+    has_head_dim = config.get("head_dim") is not None
+    default_head = 128 if layout == "qwen3" else hidden_size // num_heads
+    head_dim = count("head_dim") if has_head_dim else default_head
+    has_bias = layout == "qwen2" or (layout == "megatron_dlm" and config.get("attention_bias"))
+    qk_layernorm = layout in ("qwen3", "megadlms")
+    if layout == "megatron_dlm":
+        qk_layernorm = bool(config.get("qk_layernorm", True))
+    model = ModelConfig(
+        num_layers=count("num_hidden_layers"),
+        hidden_size=hidden_size,
+        num_attention_heads=num_heads,
+        num_query_groups=count("num_key_value_heads"),
+        kv_channels=None if head_dim * num_heads == hidden_size else head_dim,
+        ffn_hidden_size=count("intermediate_size"),
+        activation=_activation(config, path),
+        qk_layernorm=qk_layernorm,
+        normalization_epsilon=_number(config, "rms_norm_eps", path),
+        rotary_base=_rotary_base(config, path),
+        rope_scaling_factor=_rope_scaling_factor(config, path),
+        seq_length=count("max_position_embeddings"),
+        vocab_size=count("vocab_size"),
+        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
+        init_method_std=config.get("initializer_range") or 0.02,
+        megatron={"add_qkv_bias": True} if has_bias else {},
+    )
+    return Described(layout, model, _kind(config, layout, path), _ids(config))
+
+
+def _count(config: Mapping[str, Any], name: str, path: Path) -> int:
+    value = _number(config, name, path)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{path}: {name} is {value!r}; it must be a positive integer")
+    return value
+
+
+def _number(config: Mapping[str, Any], name: str, path: Path) -> Any:
+    value = config.get(name)
+    if value is None:
+        raise ValueError(f"{path}: {name} is missing")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{path}: {name} is {value!r}; it must be a number")
+    return value
+
+
+def _layout_of(config: Mapping[str, Any], path: Path) -> Layout:
+    architectures = config.get("architectures") or []
+    for architecture in architectures:
+        if architecture in _ARCHITECTURES:
+            return _ARCHITECTURES[architecture]
+    shown = ", ".join(architectures) or config.get("model_type") or "not named"
+    raise ValueError(
+        f"{path}: the architecture {shown} is not known (have: {', '.join(_ARCHITECTURES)})"
+    )
+
+
+def _refuse_foreign_settings(config: Mapping[str, Any], layout: Layout, path: Path) -> None:
+    foreign = {
+        "mlp_bias": config.get("mlp_bias"),
+        "use_sliding_window": config.get("use_sliding_window"),
+        "pretraining_tp": (config.get("pretraining_tp") or 1) != 1,
+        "quantization_config": config.get("quantization_config"),
+        "attention_bias": layout in ("qwen3", "llama") and config.get("attention_bias"),
+        "partial_rotary_factor": (config.get("partial_rotary_factor") or 1.0) != 1.0,
+    }
+    for name, is_set in foreign.items():
+        if is_set:
+            raise ValueError(f"{path}: {name} is {config[name]}, which our model does not have")
+    layer_types = set(config.get("layer_types") or [])
+    if layer_types - {"full_attention"}:
+        raise ValueError(f"{path}: layer_types has {sorted(layer_types)}; only full_attention")
+
+
+def _rotary_base(config: Mapping[str, Any], path: Path) -> int:
+    default = config.get("rope_theta", 10_000.0)
+    base = _number({"rope_theta": _rope(config).get("rope_theta", default)}, "rope_theta", path)
+    if base != int(base):
+        raise ValueError(f"{path}: rope_theta is {base}; our model.rotary_base is a whole number")
+    return int(base)
+
+
+def _rope_scaling_factor(config: Mapping[str, Any], path: Path) -> float | None:
+    rope = _rope(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(
+            f"{path}: rope_type {kind} scales the rotary embedding as our model cannot; only llama3"
+        )
+    for name, value in _ROPE_SCALING.items():
+        if name != "rope_type" and rope.get(name) != value:
+            raise ValueError(f"{path}: {name} of rope_type llama3 is {rope.get(name)}, not {value}")
+    return float(_number(rope, "factor", path))
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where transformers 5 and 4 keep the settings of the rotary embedding."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _activation(config: Mapping[str, Any], path: Path) -> Any:
+    said = (config.get("hidden_act"), config.get("gated_mlp", True))
+    for activation, spelling in _ACTIVATIONS.items():
+        if said == spelling:
+            return activation
+    raise ValueError(f"{path}: hidden_act {said[0]} (gated: {said[1]}) is not one of ours")
+
+
+def _kind(config: Mapping[str, Any], layout: Layout, path: Path) -> ObjectiveKind:
+    if layout == "megadlms":
+        pattern = config.get("attn_mask_type", "bidirectional")
+        if pattern != "bidirectional":
+            raise ValueError(f"{path}: attn_mask_type is {pattern}; DiffLM is bidirectional")
+        return "masked"
+    kind = config.get("objective_kind", "autoregressive")
+    if kind not in ("autoregressive", "masked"):
+        raise ValueError(f"{path}: objective_kind is {kind}; use autoregressive or masked")
+    return kind
+
+
+def _ids(config: Mapping[str, Any]) -> SpecialIds:
+    def first(name: str) -> int | None:
+        value: Any = config.get(name)
+        # Llama 3 lists several ends; the first is that of a document.
+        token: int | None = value[0] if isinstance(value, list) and value else value
+        return token
+
+    return SpecialIds(
+        mask=first("mask_token_id"),
+        pad=first("pad_token_id"),
+        bos=first("bos_token_id"),
+        eos=first("eos_token_id"),
+        silent=tuple(config.get("silent_token_ids") or ()),
+    )

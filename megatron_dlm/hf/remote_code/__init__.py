@@ -1,0 +1,1 @@
+"""The files that travel beside exported models; they import nothing of this package."""

@@ -1,0 +1,116 @@
+"""The name table: every row once, in both directions, against a reference written out by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.hf.mapping import checkpoint_tensors, exported_tensors
+from megatron_dlm.models.accounting import count_parameters
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelConfig:
+    groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    heads, size = groups * per_group, 2 * draw(st.integers(1, 3))
+    is_plain = draw(st.booleans())
+    return ModelConfig(
+        num_layers=draw(st.integers(1, 3)),
+        hidden_size=heads * size if is_plain else 10,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=None if is_plain else size,
+        ffn_hidden_size=draw(st.integers(1, 9)),
+        activation=draw(st.sampled_from(["swiglu", "gelu", "squared_relu"])),
+        qk_layernorm=draw(st.booleans()),
+        vocab_size=draw(st.integers(2, 40)),
+        make_vocab_size_divisible_by=draw(st.sampled_from([1, 8, 32])),
+        untie_embeddings_and_output_weights=draw(st.booleans()),
+        megatron=draw(st.sampled_from([{}, {"add_qkv_bias": True}])),
+    )
+
+
+@settings(deadline=None)
+@given(models())
+def test_every_row_is_there_once_on_both_sides(model: ModelConfig) -> None:
+    stored = {(tensor.key, tensor.layer): tensor for tensor in checkpoint_tensors(model)}
+    used: Counter[tuple[str, int | None, int]] = Counter()
+    for tensor in exported_tensors(model):
+        for source in tensor.sources:
+            used.update(
+                (source.key, source.layer, source.start + row) for row in range(source.num_rows)
+            )
+    assert set(used.values()) == {1}
+    assert model.vocab_size is not None
+    padding = model.padded_vocab_size - model.vocab_size
+    tables = 2 if model.untie_embeddings_and_output_weights else 1
+    total = sum(tensor.num_rows for tensor in stored.values())
+    assert len(used) == total - tables * padding
+    assert len({tensor.name for tensor in exported_tensors(model)}) == len(exported_tensors(model))
+
+
+@settings(deadline=None)
+@given(models())
+def test_sizes_add_up(model: ModelConfig) -> None:
+    """The count of parameters is made elsewhere, from the configuration alone."""
+    num_stored = sum(int(np.prod(tensor.shape)) for tensor in checkpoint_tensors(model))
+    biases = model.num_layers * (model.num_attention_heads + 2 * model.query_groups)
+    biases *= model.head_size if model.megatron else 0
+    assert num_stored == count_parameters(model).total + biases
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 2), (3, 1)])
+def test_queries_keys_and_values_lie_as_megatron_interleaves_them(heads: int, groups: int) -> None:
+    size = 4
+    model = ModelConfig(
+        num_layers=1, hidden_size=12, num_attention_heads=heads, num_query_groups=groups,
+        kv_channels=size, vocab_size=8,
+    )  # fmt: skip
+    # Megatron's own view: [groups, heads per group + 2, size].
+    fused = np.arange((heads + 2 * groups) * size).reshape(groups, heads // groups + 2, size)
+    expected = {
+        "q_proj": fused[:, :-2].reshape(-1),
+        "k_proj": fused[:, -2].reshape(-1),
+        "v_proj": fused[:, -1].reshape(-1),
+    }
+    for tensor in exported_tensors(model):
+        which = tensor.name.split(".")[-2]
+        if which in expected:
+            rows = [
+                np.arange(source.start, source.start + source.num_rows) for source in tensor.sources
+            ]
+            np.testing.assert_array_equal(np.concatenate(rows), expected[which])
+
+
+def test_names_are_those_of_the_exchange_format() -> None:
+    model = ModelConfig(num_layers=1, vocab_size=8, untie_embeddings_and_output_weights=True)
+    names = [tensor.name for tensor in exported_tensors(model)]
+    layer = [
+        *("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        *("self_attn.q_norm", "self_attn.k_norm", "self_attn.o_proj"),
+        *("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    ]
+    expected = ["model.embed_tokens", *(f"model.layers.0.{name}" for name in layer)]
+    expected += ["model.norm", "lm_head"]
+    assert names == [f"{name}.weight" for name in expected]
+
+
+def test_shapes() -> None:
+    changes: dict[str, Any] = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 6}
+    model = ModelConfig(num_layers=1, hidden_size=16, ffn_hidden_size=20, vocab_size=9, **changes)
+    shapes = {
+        tensor.name.removeprefix("model."): tensor.shape for tensor in exported_tensors(model)
+    }
+    assert shapes["embed_tokens.weight"] == (9, 16)
+    assert shapes["layers.0.self_attn.q_proj.weight"] == (24, 16)
+    assert shapes["layers.0.self_attn.v_proj.weight"] == (12, 16)
+    assert shapes["layers.0.self_attn.o_proj.weight"] == (16, 24)
+    assert shapes["layers.0.self_attn.k_norm.weight"] == (6,)
+    assert shapes["layers.0.mlp.up_proj.weight"] == (20, 16)
+    assert shapes["layers.0.mlp.down_proj.weight"] == (16, 20)
