@@ -18,13 +18,20 @@ class DataConfig:
     """Which tokens are read, and in which order."""
 
     train: dict[str, float] = field(default_factory=dict)
-    """Training shards: path prefix (without .bin/.idx) -> weight in the blend."""
+    """Training datasets: path prefix (PREFIX.dataset.json or PREFIX.bin/.idx) -> weight in the
+    blend."""
     valid: dict[str, float] = field(default_factory=dict)
-    """Validation shards: path prefix -> weight; empty means no validation."""
+    """Validation datasets: path prefix -> weight; empty means no validation."""
     tokenizer: str | None = None
     """Tokenizer directory; gives the vocabulary size and special ids, checked against shards."""
     unique_tokens: int | None = None
     """Train on exactly this many tokens, repeated epoch after epoch; default: all of them."""
+    packing: Literal["concat", "pack", "document"] = "concat"
+    """Samples are cut across documents (concat), hold whole documents by best fit (pack), or one
+    document (document). The last two cut only what is longer than model.seq_length, and pad."""
+    reset_attention_mask: bool | None = None
+    """Attention stays inside a document and positions restart in each; default: false for concat,
+    always true for pack and document."""
     seed: int = 1234
     """Seed of the document order, the unique subset and the shuffle of each epoch."""
 
@@ -38,6 +45,16 @@ class DataConfig:
             self.unique_tokens is None or self.unique_tokens > 0,
             f"data.unique_tokens is {self.unique_tokens}; it must be greater than 0",
         )
+        require(
+            self.packing == "concat" or self.reset_attention_mask is not False,
+            f"data.reset_attention_mask is false, but data.packing {self.packing} pads its "
+            "samples, and attention would see the padding; remove it or use concat",
+        )
+
+    @property
+    def resets_attention(self) -> bool:
+        """Attention and positions stay inside a document."""
+        return self.packing != "concat" or bool(self.reset_attention_mask)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,12 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_length(config)
     require(
         bool(config.data.train),
-        "data.train is empty; give {prefix: weight}, with shards made by `megatron-dlm preprocess`",
+        "data.train is empty; give {prefix: weight}, a dataset made by `megatron-dlm preprocess`",
+    )
+    require(
+        config.data.packing == "concat" or config.model.seq_length > 1,
+        f"data.packing {config.data.packing} cuts long documents into pieces that share a token; "
+        f"model.seq_length {config.model.seq_length} leaves no room, use 2 or more",
     )
 
 
@@ -90,8 +95,7 @@ def check_tokens(config: RunConfig) -> None:
     needs_mask = objective.kind == "masked" or objective.input_masking_ratio > 0
     require(
         mask_id is not None or not needs_mask,
-        f"objective.kind {objective.kind} needs a mask token; give data.tokenizer or "
-        "objective.mask_token_id",
+        f"objective.kind {objective.kind} needs a mask token; {_mask_remedy(config)}",
     )
     require(
         mask_id is None or 0 <= mask_id < vocab_size,
@@ -101,6 +105,16 @@ def check_tokens(config: RunConfig) -> None:
         _check_against_tokenizer(config.data.tokenizer, vocab_size, mask_id)
 
 
+def _mask_remedy(config: RunConfig) -> str:
+    tokenizer = config.data.tokenizer
+    if tokenizer is None:
+        return "give data.tokenizer or objective.mask_token_id"
+    return (
+        f"data.tokenizer {tokenizer} has none: give objective.mask_token_id, or add one with "
+        f"`megatron-dlm tokenizer --existing {tokenizer} --add_mask_token true --output_dir DIR`"
+    )
+
+
 def _check_against_tokenizer(directory: str, vocab_size: int, mask_id: int | None) -> None:
     metadata = read_tokenizer_metadata(directory)
     require(
@@ -108,17 +122,18 @@ def _check_against_tokenizer(directory: str, vocab_size: int, mask_id: int | Non
         f"model.vocab_size {vocab_size} is below the {metadata.vocab_size} tokens of "
         f"data.tokenizer {directory}; remove it to take the tokenizer's",
     )
-    is_text = mask_id is not None and mask_id < metadata.vocab_size
-    is_text = is_text and mask_id not in metadata.special_ids
+    if mask_id is None:
+        return
+    theirs = "it has none" if metadata.mask_id is None else f"its mask token is {metadata.mask_id}"
     require(
-        not is_text,
+        mask_id >= metadata.vocab_size or mask_id in metadata.special_ids,
         f"objective.mask_token_id {mask_id} is a text token of data.tokenizer {directory}; "
-        f"its mask token is {metadata.mask_id}",
+        + theirs,
     )
     require(
-        mask_id is None or mask_id not in (metadata.eod_id, metadata.bos_id, metadata.pad_id),
+        mask_id not in (metadata.eod_id, metadata.bos_id, metadata.pad_id),
         f"objective.mask_token_id {mask_id} is the end-of-document, begin or pad token of "
-        f"data.tokenizer {directory}; its mask token is {metadata.mask_id}",
+        f"data.tokenizer {directory}; {theirs}",
     )
 
 

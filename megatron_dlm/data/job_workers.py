@@ -13,7 +13,8 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -24,11 +25,13 @@ from megatron_dlm.data.input_plan import Job
 from megatron_dlm.data.recipe import Recipe
 from megatron_dlm.data.shard_job import JobRunner, Progress
 from megatron_dlm.data.stop_request import STOP_SIGNALS
+from megatron_dlm.data.tokenizer import num_cores
 from megatron_dlm.runtime.errors import is_users
 
 # A worker notices within a batch that it has to end; one that does not is killed.
 _GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
+_Task = tuple[int, Job]
 
 
 class Report(NamedTuple):
@@ -57,38 +60,15 @@ def run_jobs(
     """
     num_threads = max(1, num_cores() // num_workers)
     if num_workers == 1:
-        with closing(_run_all(JobRunner(config, recipe, num_threads=num_threads), jobs)) as reports:
-            for report in reports:
-                yield report
-                check()
-        return
-    pending = iter(jobs.items())
-    workers: dict[Connection, SpawnProcess] = {}
-    try:
-        for _ in range(num_workers):
-            channel, process = _start(config, recipe, num_threads)
-            workers[channel] = process
-            channel.send(next(pending, None))
-        while workers:
+        run: Generator[Report | None, None, None]
+        run = _run_all(JobRunner(config, recipe, num_threads=num_threads), jobs)
+    else:
+        run = _run_in_workers(jobs, num_workers, partial(_start, config, recipe, num_threads))
+    with closing(run) as reports:
+        for report in reports:
             check()
-            for ready in wait(list(workers), _POLL_SECONDS):
-                assert isinstance(ready, Connection)
-                message = _receive(ready, workers[ready])
-                if message is None:
-                    workers.pop(ready).join()
-                    continue
-                yield message
-                if message.progress is None:
-                    ready.send(next(pending, None))
-    finally:
-        _end(workers)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+            if report is not None:
+                yield report
 
 
 def _run_all(runner: JobRunner, jobs: Mapping[int, Job]) -> Generator[Report, None, None]:
@@ -97,6 +77,46 @@ def _run_all(runner: JobRunner, jobs: Mapping[int, Job]) -> Generator[Report, No
             for progress in reports:
                 yield Report(number, progress, runner.encoder)
         yield Report(number, None, runner.encoder)
+
+
+def _run_in_workers(
+    jobs: Mapping[int, Job],
+    num_workers: int,
+    start: Callable[[], tuple[Connection, SpawnProcess]],
+) -> Generator[Report | None, None, None]:
+    """What the workers report, and now and then None while they have nothing to report."""
+    pending = iter(jobs.items())
+    workers: dict[Connection, SpawnProcess] = {}
+    try:
+        for _ in range(num_workers):
+            channel, process = start()
+            workers[channel] = process
+            _give_next_job(channel, pending)
+        while workers:
+            yield None
+            for ready in wait(list(workers), _POLL_SECONDS):
+                assert isinstance(ready, Connection)
+                yield from _listen(ready, workers, pending)
+    finally:
+        _end(workers)
+
+
+def _listen(
+    channel: Connection, workers: dict[Connection, SpawnProcess], pending: Iterator[_Task]
+) -> Iterator[Report]:
+    """The report that has come; a worker whose job is done gets the next one, or goes home."""
+    report = _receive(channel, workers[channel])
+    if report is None:
+        workers.pop(channel).join()
+        return
+    yield report
+    if report.progress is None:
+        _give_next_job(channel, pending)
+
+
+def _give_next_job(channel: Connection, pending: Iterator[_Task]) -> None:
+    with suppress(OSError):  # it has died, as its silence will say
+        channel.send(next(pending, None))
 
 
 def _start(
@@ -160,20 +180,24 @@ def _work(channel: Connection, config: PreprocessConfig, recipe: Recipe, num_thr
     # Read by the tokenizer libraries when they start their threads.
     os.environ["RAYON_NUM_THREADS"] = str(num_threads)
     try:
-        runner = JobRunner(config, recipe, num_threads=num_threads)
-        while (task := _receive_task(channel)) is not None:
-            with closing(_run_all(runner, dict([task]))) as reports:
-                if not all(_is_sent(channel, report) for report in reports):
-                    return
-        _is_sent(channel, None)
+        _serve(channel, JobRunner(config, recipe, num_threads=num_threads))
     except Exception as error:
         _is_sent(channel, error if is_users(error) else RuntimeError(traceback.format_exc()))
 
 
-def _receive_task(channel: Connection) -> tuple[int, Job] | None:
+def _serve(channel: Connection, runner: JobRunner) -> None:
+    """Work until there is no job, or nobody listens."""
+    while (task := _receive_task(channel)) is not None:
+        with closing(_run_all(runner, dict([task]))) as reports:
+            if not all(_is_sent(channel, report) for report in reports):
+                return
+    _is_sent(channel, None)
+
+
+def _receive_task(channel: Connection) -> _Task | None:
     """The next job; None where there is none, or the parent has hung up."""
     try:
-        task: tuple[int, Job] | None = channel.recv()
+        task: _Task | None = channel.recv()
     except (EOFError, OSError):
         return None
     return task

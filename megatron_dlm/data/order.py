@@ -6,6 +6,7 @@ walking its cycle to a value below `size` makes it one on [0, size) (Black and R
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -16,6 +17,13 @@ _NUM_ROUNDS = 8
 _NUM_ROUNDS_SMALL, _SMALL_BITS = 24, 12
 
 Index = TypeVar("Index", int, np.ndarray)
+
+
+class Use(IntEnum):
+    """What a derived key is for."""
+
+    DOCUMENT_ORDER = 1
+    WINDOW_ORDER = 2
 
 
 def derive_key(seed: int, *parts: int) -> int:

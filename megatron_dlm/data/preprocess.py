@@ -14,7 +14,7 @@ from contextlib import closing
 from megatron_dlm.config.commands import PreprocessConfig
 from megatron_dlm.data.array_task import array_task
 from megatron_dlm.data.input_plan import Job, find_files, plan_digest, plan_jobs
-from megatron_dlm.data.job_workers import num_cores, run_jobs
+from megatron_dlm.data.job_workers import run_jobs
 from megatron_dlm.data.progress import ProgressDisplay
 from megatron_dlm.data.recipe import Recipe
 from megatron_dlm.data.shard_set import (
@@ -28,7 +28,7 @@ from megatron_dlm.data.shard_set import (
 )
 from megatron_dlm.data.shard_summary import Summary, in_words, totals
 from megatron_dlm.data.stop_request import Stopped, StopRequest
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.tokenizer import load_tokenizer, num_cores
 
 
 def preprocess(config: PreprocessConfig) -> None:

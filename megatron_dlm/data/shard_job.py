@@ -6,6 +6,7 @@ lock. A killed job goes on behind its last whole shard.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
@@ -27,6 +28,7 @@ from megatron_dlm.data.shard_writer import ShardWriter
 from megatron_dlm.data.tokenizer import load_tokenizer
 
 _BATCHES_AHEAD = 2
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Progress(NamedTuple):
@@ -43,7 +45,10 @@ class JobRunner:
     """Runs jobs in this process; the tokenizer is opened once."""
 
     def __init__(self, config: PreprocessConfig, recipe: Recipe, *, num_threads: int) -> None:
-        """`num_threads` is what the tokenizer library may use. Raises ValueError if it changed."""
+        """`num_threads` are for the tokenizer's library.
+
+        Raises ValueError where the tokenizer is not the one of the recipe.
+        """
         self._config, self._recipe = config, recipe
         self._tokenizer = load_tokenizer(config.tokenizer)
         if self._tokenizer.sha256 != recipe.tokenizer_sha256:
@@ -203,11 +208,13 @@ def _utf8_bytes(text: str) -> int:
 
 @contextmanager
 def _named_errors(prefix: str) -> Iterator[None]:
-    """A full disk does not say which file it refuses."""
+    """Say which file a full disk refuses, and what to do."""
     try:
         yield
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        what = f"{error.strerror}; make room, then the same command goes on from here"
+        what = str(error.strerror)
+        if error.errno in _NO_ROOM:
+            what += "; make room, then the same command goes on from here"
         raise OSError(error.errno, what, f"{prefix}.bin") from None

@@ -20,7 +20,7 @@ from megatron_dlm.config.derive import (
 from megatron_dlm.config.hardware import GPUS
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.config.validate import check_layout
-from megatron_dlm.data.manifest import manifest_path
+from megatron_dlm.data.corpus import Corpus, TierReport
 from megatron_dlm.models.accounting import (
     BatchLayout,
     FlopCount,
@@ -32,6 +32,7 @@ from megatron_dlm.models.accounting import (
     training_flops_per_token,
 )
 from megatron_dlm.runtime.files import write_whole
+from megatron_dlm.scaling.plan_data import announced_tokens, data_table, open_training_data
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class RunPlan:
     step_tokens: int
     tokens_per_second: float
     length: RunLength | None
+    data: list[TierReport]
+    """One row for each dataset; empty where the data or the length of the run is not known."""
 
 
 def plan_run(config: PlanRunConfig) -> None:
@@ -83,6 +86,9 @@ def make_plan(config: RunConfig, machine: PlanConfig) -> RunPlan:
     )
     flops = training_flops_per_token(model, objective)
     tokens_per_second = machine.num_gpus * _peak_flops(machine) * machine.mfu / flops.total
+    corpus = open_training_data(config)
+    length = _length(config, corpus, flops, tokens_per_second)
+    num_samples = length.steps * config.train.global_batch_size if length else 0
     return RunPlan(
         parameters=count_parameters(model),
         flops_per_token=flops,
@@ -92,13 +98,16 @@ def make_plan(config: RunConfig, machine: PlanConfig) -> RunPlan:
         memory_bytes=memory_per_rank(model, config.parallel, objective, layout),
         step_tokens=step_tokens(config),
         tokens_per_second=tokens_per_second,
-        length=_length(config, flops, tokens_per_second),
+        length=length,
+        data=corpus.report(num_samples) if corpus and length else [],
     )
 
 
-def _length(config: RunConfig, flops: FlopCount, tokens_per_second: float) -> RunLength | None:
+def _length(
+    config: RunConfig, corpus: Corpus | None, flops: FlopCount, tokens_per_second: float
+) -> RunLength | None:
     train = config.train
-    unique_tokens = _unique_tokens(config)
+    unique_tokens = corpus.unique_tokens if corpus else announced_tokens(config)
     if train.steps is None and train.tokens is None and train.epochs is None:
         return None
     if train.epochs is not None and unique_tokens is None:
@@ -107,35 +116,20 @@ def _length(config: RunConfig, flops: FlopCount, tokens_per_second: float) -> Ru
             "data.unique_tokens, or data.train with shards made by `megatron-dlm preprocess`"
         )
     num_windows = -(-(unique_tokens or 0) // config.model.seq_length)
+    if corpus:
+        num_windows = corpus.num_windows
     steps = total_steps(config, num_windows)
     tokens = steps * step_tokens(config)
+    num_samples = steps * config.train.global_batch_size
     return RunLength(
         steps=steps,
         tokens=tokens,
         unique_tokens=unique_tokens,
-        epochs=None if unique_tokens is None else tokens / unique_tokens,
+        epochs=None if unique_tokens is None else num_samples / num_windows,
         training_flops=flops.total * tokens,
         flops_6nd=6.0 * count_parameters(config.model).total * tokens,
         seconds=tokens / tokens_per_second,
     )
-
-
-def _unique_tokens(config: RunConfig) -> int | None:
-    """data.unique_tokens, else the sum over the manifests, else None where one is not there."""
-    if config.data.unique_tokens is not None:
-        return config.data.unique_tokens
-    paths = [manifest_path(prefix) for prefix in config.data.train]
-    if not paths or not all(path.is_file() for path in paths):
-        return None
-    return sum(_manifest_tokens(path) for path in paths)
-
-
-def _manifest_tokens(path: Path) -> int:
-    try:
-        tokens = json.loads(path.read_text(encoding="utf-8"))["tokens"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a shard manifest; write the shard again") from None
-    return int(tokens)
 
 
 def _peak_flops(machine: PlanConfig) -> float:
@@ -159,6 +153,8 @@ def _print_plan(plan: RunPlan, config: PlanRunConfig) -> None:
         else:
             table.add_row(*row)
     console.print(table)
+    if plan.data:
+        console.print(data_table(plan.data))
     console.print(
         "FLOPs: a multiply-add is 2, backward is twice forward, recomputation is not counted; "
         "bidirectional attention counts every key, twice the causal count; the output layer runs "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,9 +12,10 @@ from megatron_dlm.checkpoint.state import TrainState
 from megatron_dlm.checkpoint.store import Checkpointed, CheckpointStore, check_description, load
 from megatron_dlm.config.derive import step_tokens, total_steps
 from megatron_dlm.config.schema import RunConfig
-from megatron_dlm.config.tokenizer_metadata import read_tokenizer_metadata
 from megatron_dlm.config.validate import check_schedule
-from megatron_dlm.data.loader import Corpus, open_corpus
+from megatron_dlm.data.corpus import Corpus
+from megatron_dlm.data.dataset import refuse_overlap
+from megatron_dlm.data.open_corpus import open_split
 from megatron_dlm.models.accounting import count_parameters, training_flops_per_token
 from megatron_dlm.models.build import build_model
 from megatron_dlm.objectives.build import build_objective
@@ -36,9 +36,13 @@ _WEIGHT_FIELDS = (
     "hidden_size",
     "num_attention_heads",
     "num_query_groups",
+    "kv_channels",
     "ffn_hidden_size",
     "activation",
     "qk_layernorm",
+    "normalization_epsilon",
+    "rotary_base",
+    "rope_scaling_factor",
     "vocab_size",
     "make_vocab_size_divisible_by",
     "untie_embeddings_and_output_weights",
@@ -70,19 +74,22 @@ class Run:
 
 
 def open_sources(config: RunConfig, directory: RunDirectory, parallel: ParallelContext) -> Sources:
-    """Open shards on every rank and the run directory on rank 0; all ranks fail together."""
+    """Open the data on every rank and the run directory on rank 0; all ranks fail together."""
     valid_corpus = checkpoint = None
-    messages: list[str] = []
     with parallel.failing_together():
-        corpus = _open_corpus(config, config.data.train, config.data.unique_tokens)
+        corpus = open_split(config, "train")
         if config.data.valid:
-            valid_corpus = _open_corpus(config, config.data.valid, None)
+            valid_corpus = open_split(config, "valid")
+            refuse_overlap(corpus.datasets, valid_corpus.datasets)
+            valid_corpus.prepare()
+        corpus.prepare()
         num_steps = total_steps(config, corpus.num_windows)
         check_schedule(config, num_steps)
+    messages = _data_messages(config, corpus, num_steps)
     with parallel.failing_together():
         if parallel.is_main:
             checkpoint, warnings = directory.open(config)
-            messages = [f"warning: {warning}" for warning in warnings]
+            messages += [f"warning: {warning}" for warning in warnings]
             if checkpoint is not None:
                 check_description(checkpoint, describe(config, corpus))
                 messages.append(f"continuing from {checkpoint.path}")
@@ -90,20 +97,15 @@ def open_sources(config: RunConfig, directory: RunDirectory, parallel: ParallelC
     return Sources(corpus, valid_corpus, num_steps, checkpoint, messages)
 
 
-def _open_corpus(
-    config: RunConfig, prefixes: Mapping[str, float], unique_tokens: int | None
-) -> Corpus:
-    assert config.model.vocab_size is not None, "resolve() fills vocab_size"
-    tokenizer = config.data.tokenizer
-    return open_corpus(
-        prefixes,
-        seq_length=config.model.seq_length,
-        seed=config.data.seed,
-        vocab_size=config.model.vocab_size,
-        mask_token_id=config.objective.mask_token_id,
-        unique_tokens=unique_tokens,
-        tokenizer_sha256=read_tokenizer_metadata(tokenizer).sha256 if tokenizer else None,
-    )
+def _data_messages(config: RunConfig, corpus: Corpus, num_steps: int) -> list[str]:
+    """What the run will take from each dataset, and how much of its windows is text."""
+    rows = corpus.report(num_steps * config.train.global_batch_size)
+    messages = [row.line() for row in rows]
+    if config.data.packing != "concat":
+        messages.append(
+            f"data.packing {config.data.packing}: {corpus.text_share:.2%} of the window is text"
+        )
+    return messages
 
 
 def describe(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
@@ -129,6 +131,11 @@ def run_facts(
         "training_flops": flops * sources.num_steps * step_tokens(config),
         "steps": sources.num_steps,
         "unique_tokens": sources.corpus.unique_tokens,
+        "text_share": sources.corpus.text_share,
+        "data": [
+            asdict(row)
+            for row in sources.corpus.report(sources.num_steps * config.train.global_batch_size)
+        ],
         "data_digest": sources.corpus.digest,
         "resumed_from_step": sources.checkpoint.step if sources.checkpoint else None,
     }

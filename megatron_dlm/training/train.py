@@ -121,12 +121,9 @@ def _steps(
 
 
 def _place(config: RunConfig, sources: Sources, step: int) -> dict[str, float]:
-    """How far the run is: tokens seen, repeats included, and passes over the unique tokens."""
-    num_samples = step * config.train.global_batch_size
-    return {
-        "tokens": step * step_tokens(config),
-        "epoch": num_samples / sources.corpus.num_windows,
-    }
+    """How far the run is: tokens with repeats, passes over the unique tokens, those seen so far."""
+    progress = sources.corpus.progress(step * config.train.global_batch_size)
+    return {"tokens": step * step_tokens(config), **progress}
 
 
 def _refuse_non_finite(grad_norm: float, step: int) -> None:

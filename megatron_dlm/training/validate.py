@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from megatron_dlm.config.derive import data_parallel_size
 from megatron_dlm.config.schema import RunConfig
-from megatron_dlm.data.loader import Corpus, read_micro_batch
+from megatron_dlm.data.corpus import Corpus
+from megatron_dlm.data.loader import read_micro_batch
 from megatron_dlm.ops.batch import TokenBatch
 from megatron_dlm.runtime.parallel import ParallelContext
 from megatron_dlm.training.optimizer import parameters_gathered

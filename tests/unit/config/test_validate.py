@@ -157,6 +157,11 @@ BAD: dict[str, tuple[RunConfig, int, str]] = {
         1,
         r"never decays; use schedule\.kind constant",
     ),
+    "packing_without_room": (
+        changed(data={"packing": "pack"}, model={"seq_length": 1}),
+        1,
+        r"data\.packing pack .*model\.seq_length 1 leaves no room",
+    ),
 }
 
 
@@ -172,6 +177,21 @@ def test_impossible_combinations_name_values_and_remedy(
 def test_exactly_one_length() -> None:
     with pytest.raises(ValueError, match=r"exactly one of .*; got steps, epochs"):
         TrainConfig(steps=1, epochs=1.0)
+
+
+@pytest.mark.parametrize("packing", ["pack", "document"])
+def test_padded_samples_always_keep_attention_inside_documents(packing: Any) -> None:
+    assert DataConfig(packing=packing).resets_attention
+    assert DataConfig(packing=packing, reset_attention_mask=True).resets_attention
+    message = rf"reset_attention_mask is false, but data\.packing {packing} pads .*use concat"
+    with pytest.raises(ValueError, match=message):
+        DataConfig(packing=packing, reset_attention_mask=False)
+
+
+def test_concatenated_samples_let_attention_cross_documents_unless_told() -> None:
+    assert not DataConfig().resets_attention
+    assert not DataConfig(reset_attention_mask=False).resets_attention
+    assert DataConfig(reset_attention_mask=True).resets_attention
 
 
 def with_tokenizer(directory: Path, **sections: dict[str, Any]) -> RunConfig:
@@ -206,6 +226,22 @@ def test_clashes_with_the_tokenizer(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check(with_tokenizer(tokenizer_directory, **sections), 1)
+
+
+def test_a_tokenizer_without_mask_serves_autoregressive_models_only(
+    tokenizer_directory: Path,
+) -> None:
+    path = tokenizer_directory / "metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mask_id": None}))
+    without = {"mask_token_id": None}
+    check(with_tokenizer(tokenizer_directory, objective={"kind": "autoregressive", **without}), 1)
+    command = rf"tokenizer --existing {tokenizer_directory} --add_mask_token true"
+    with pytest.raises(ValueError, match=rf"objective\.kind masked needs a mask .*{command}"):
+        check(with_tokenizer(tokenizer_directory, objective=without), 1)
+    with pytest.raises(ValueError, match=r"500 is a text token of .*; it has none"):
+        check(with_tokenizer(tokenizer_directory, objective={"mask_token_id": 500}), 1)
+    sections = {"model": {"vocab_size": 1001}, "objective": {"mask_token_id": 1000}}
+    check(with_tokenizer(tokenizer_directory, **sections), 1)
 
 
 def test_mask_in_rows_beyond_the_tokenizer_is_fine(tokenizer_directory: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
+from math import ceil, floor
 
 import numpy as np
 import pytest
@@ -56,6 +58,53 @@ def test_many_datasets() -> None:
     generator = np.random.default_rng(0)
     weights = generator.integers(1, 100, 60).tolist()
     assert np.abs(prefix_errors(weights, 2000)).max() <= 2
+
+
+@given(
+    weights=st.lists(st.integers(1, 9), min_size=2, max_size=6),
+    multiple=st.integers(1, 8),
+    step=st.integers(0, 10**9),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_batch_that_holds_whole_shares_realises_them_in_every_step(
+    weights: list[int], multiple: int, step: int
+) -> None:
+    blend, batch = Blend.of(weights), multiple * sum(weights)
+    assert step_counts(blend, batch, step) == [multiple * weight for weight in weights]
+
+
+@given(
+    first=st.floats(0.001, 0.999).map(lambda share: round(share, 3)),
+    batch=st.integers(1, 512),
+    step=st.integers(0, 10**9),
+)
+@settings(max_examples=100, deadline=None)
+def test_two_datasets_are_exact_in_every_step_but_for_rounding(
+    first: float, batch: int, step: int
+) -> None:
+    counts = step_counts(Blend.of([first, round(1 - first, 3)]), batch, step)
+    share = batch * Fraction(str(first))
+    assert counts[0] in (floor(share), ceil(share))
+    assert sum(counts) == batch
+
+
+@given(
+    weights=st.lists(st.integers(1, 1000), min_size=3, max_size=8),
+    batch=st.integers(1, 512),
+    step=st.integers(0, 10**9),
+)
+@settings(max_examples=100, deadline=None)
+def test_several_datasets_are_within_two_samples_in_every_step(
+    weights: list[int], batch: int, step: int
+) -> None:
+    for count, weight in zip(step_counts(Blend.of(weights), batch, step), weights, strict=True):
+        assert abs(count - batch * weight / sum(weights)) < 2.3
+
+
+def step_counts(blend: Blend, batch: int, step: int) -> list[int]:
+    """Samples of each dataset in one step."""
+    before, after = blend.counts(step * batch), blend.counts((step + 1) * batch)
+    return [after[place] - before[place] for place in sorted(after)]
 
 
 def test_exact_after_the_sum_of_the_weights() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from megatron_dlm import cli
@@ -15,6 +16,8 @@ from megatron_dlm.config.commands import PlanConfig
 from megatron_dlm.config.hardware import GPUS
 from megatron_dlm.config.keys import leaf_types
 from megatron_dlm.config.schema import DataConfig, RunConfig, TrainConfig
+from megatron_dlm.data.dataset import write_dataset
+from megatron_dlm.data.shard_writer import ShardWriter
 from megatron_dlm.models.accounting import count_parameters, training_flops_per_token
 from megatron_dlm.scaling.plan_run import make_plan
 
@@ -46,14 +49,26 @@ def with_data(train: dict[str, float], **length: Any) -> RunConfig:
     )
 
 
-def test_corpus_size_comes_from_the_manifests(tmp_path: Path) -> None:
-    for name, tokens in (("a", 3000), ("b", 1096)):
-        (tmp_path / f"{name}.manifest.json").write_text(json.dumps({"tokens": tokens}))
+def write_shard(prefix: Path, lengths: list[int], vocab_size: int = 1000) -> None:
+    with ShardWriter(prefix, vocab_size=vocab_size, mask_id=3) as writer:
+        writer.add_documents(np.full(sum(lengths), 7), lengths)
+        writer.publish()
+
+
+def test_corpus_size_comes_from_the_list_of_shards_and_from_manifests(tmp_path: Path) -> None:
+    """The shards themselves may lie on another machine."""
+    write_shard(tmp_path / "a_0", [1000, 500])
+    write_shard(tmp_path / "a_1", [1500])
+    write_dataset(tmp_path / "a", [tmp_path / "a_0", tmp_path / "a_1"])
+    write_shard(tmp_path / "b", [1096])
+    for path in [*tmp_path.glob("*.bin"), *tmp_path.glob("*.idx")]:
+        path.unlink()
     prefixes = {str(tmp_path / "a"): 1.0, str(tmp_path / "b"): 2.0}
-    length = make_plan(with_data(prefixes, epochs=3), MACHINE).length
-    assert length is not None
-    assert length.unique_tokens == 4096
-    assert length.steps == 6  # 3 * 32 windows of 128 in batches of 16
+    plan = make_plan(with_data(prefixes, epochs=3), MACHINE)
+    assert plan.length is not None
+    assert plan.length.unique_tokens == 4096
+    assert plan.length.steps == 6  # 3 * 32 windows of 128 in batches of 16
+    assert plan.data == []
 
 
 def test_unknown_corpus_stops_epochs_only(tmp_path: Path) -> None:
@@ -65,9 +80,49 @@ def test_unknown_corpus_stops_epochs_only(tmp_path: Path) -> None:
     assert (length.steps, length.epochs) == (3, None)
 
 
-def test_corrupt_manifest_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"a\.manifest\.json is not a shard manifest"):
+@pytest.mark.parametrize("kind", ["manifest", "dataset"])
+def test_corrupt_manifest_is_named(tmp_path: Path, kind: str) -> None:
+    (tmp_path / f"a.{kind}.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"a\.{kind}\.json is not a (shard manifest|list of)"):
+        make_plan(with_data({str(tmp_path / "a"): 1.0}, steps=3), MACHINE)
+
+
+@pytest.mark.parametrize("packing", ["concat", "document"])
+def test_data_that_is_here_is_opened(
+    tmp_path: Path, packing: Literal["concat", "document"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The number of windows is the run's own, and every dataset has its row."""
+    write_shard(tmp_path / "low", [1000] * 10)
+    write_shard(tmp_path / "high", [300] * 10)
+    prefixes = {str(tmp_path / "low"): 1.0, str(tmp_path / "high"): 1.0}
+    config = with_data(prefixes, epochs=2)
+    objective = dataclasses.replace(config.objective, mask_token_id=3)
+    data = dataclasses.replace(config.data, packing=packing)
+    plan = make_plan(dataclasses.replace(config, objective=objective, data=data), MACHINE)
+    # concat: 10,000 / 128 and 3,000 / 128; document: pieces of 128 and then of 127 new tokens.
+    windows = {"concat": [79, 24], "document": [80, 30]}[packing]
+    assert plan.length is not None
+    assert plan.length.unique_tokens == 13_000
+    assert plan.length.steps == -(-2 * sum(windows) // 16)
+    num_samples = 16 * plan.length.steps
+    assert plan.length.epochs == num_samples / sum(windows)
+    assert [row.name for row in plan.data] == ["low", "high"]
+    assert [row.samples for row in plan.data] == [num_samples // 2] * 2
+    epochs = [row.epochs for row in plan.data]
+    assert epochs == [num_samples / 2 / count for count in windows]
+    assert [row.seen_tokens for row in plan.data] == [10_000, 3_000]
+
+    flags = ["plan", "--model.vocab_size=1000", "--model.seq_length=128", "--train.epochs=2"]
+    flags += ["--objective.mask_token_id=3", f"--data.train={json.dumps(prefixes)}"]
+    assert cli.main([*flags, f"--data.packing={packing}"]) == 0
+    printed = capsys.readouterr().out
+    assert "what the run takes from its data" in printed
+    assert "10,000" in printed
+
+
+def test_data_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a", [1000], vocab_size=1001)
+    with pytest.raises(ValueError, match="vocabulary of 1001, the model one of 1000"):
         make_plan(with_data({str(tmp_path / "a"): 1.0}, steps=3), MACHINE)
 
 

@@ -1,0 +1,117 @@
+"""Three small tasks for lm-eval from the sources of Python's standard library, without network.
+
+    python examples/04_evaluate/make_tasks.py DIRECTORY
+
+next_line: which of four lines follows; library_text: the likelihood of whole texts; say_it_again:
+generate the second copy of a line. Every fifth file of the library, the ones that
+`megatron-dlm quickstart` holds out from training.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+HOLD_OUT_EVERY = 5
+NUM_QUESTIONS, NUM_TEXTS, NUM_COPIES = 200, 40, 20
+CONTEXT_LINES, LONGEST_LINE, LONGEST_TEXT = 3, 60, 600
+
+NEXT_LINE = """\
+task: next_line
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: right
+target_delimiter: ""
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+metadata: {{version: 1.0}}
+"""
+LIBRARY_TEXT = """\
+task: library_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list:
+  - metric: bits_per_byte
+  - metric: byte_perplexity
+metadata: {{version: 1.0}}
+"""
+SAY_IT_AGAIN = """\
+task: say_it_again
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{line}}}}\\n"
+doc_to_target: "{{{{line}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 24, do_sample: false}}
+metric_list:
+  - metric: exact_match
+metadata: {{version: 1.0}}
+"""
+
+
+def write_tasks(directory: Path) -> None:
+    """The YAML files and the data of the three tasks."""
+    directory = directory.absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    texts = list(held_out_definitions())
+    lines = [line for text in texts for line in text.splitlines() if 8 < len(line) < LONGEST_LINE]
+    write_task(directory, "next_line", NEXT_LINE, questions(texts, lines))
+    short = [{"text": text} for text in texts if len(text) < LONGEST_TEXT]
+    write_task(
+        directory, "library_text", LIBRARY_TEXT, short[:: len(short) // NUM_TEXTS][:NUM_TEXTS]
+    )
+    copies = [{"line": line} for line in lines[:: len(lines) // NUM_COPIES][:NUM_COPIES]]
+    write_task(directory, "say_it_again", SAY_IT_AGAIN, copies)
+
+
+def held_out_definitions() -> Iterable[str]:
+    """Top-level functions and classes: two blank lines lie between them."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.glob("*.py"))[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]:
+        for part in re.split(r"\n\n\n+", path.read_text(encoding="utf-8", errors="replace")):
+            if part.strip():
+                yield part.strip() + "\n"
+
+
+def questions(texts: list[str], lines: list[str]) -> list[dict[str, Any]]:
+    """A few lines, the one that follows, and three from elsewhere, in an order that varies."""
+    found = []
+    for text in texts[:: len(texts) // NUM_QUESTIONS]:
+        parts = text.splitlines()
+        if len(parts) <= CONTEXT_LINES or not 8 < len(parts[CONTEXT_LINES]) < LONGEST_LINE:
+            continue
+        number = len(found)
+        wrong = [lines[(1 + number) * step % len(lines)] for step in (7919, 104729, 611953)]
+        right = number % 4
+        options = [*wrong[:right], parts[CONTEXT_LINES], *wrong[right:]]
+        context = "\n".join(parts[:CONTEXT_LINES]) + "\n"
+        found.append({"context": context, "options": options, "right": right})
+    return found
+
+
+def write_task(
+    directory: Path, name: str, template: str, documents: Iterable[Mapping[str, Any]]
+) -> None:
+    data = directory / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    # A JSON string is a YAML string, whatever characters the path has.
+    (directory / f"{name}.yaml").write_text(template.format(file=json.dumps(str(data))))
+
+
+if __name__ == "__main__":
+    write_tasks(Path(sys.argv[1]))
