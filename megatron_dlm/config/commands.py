@@ -103,7 +103,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """Turn text into Megatron's .bin/.idx shards with manifests; the same command goes on."""
+    """Turn text into Megatron's .bin/.idx shards; run again, an interrupted command goes on."""
 
     input: list[str]
     """Files, directories, globs or @LIST files: .jsonl (also .gz, .zst), .parquet or plain text."""
@@ -156,13 +156,12 @@ class PreprocessConfig:
 
     def _check_array(self) -> None:
         index, count = self.array_index, self.array_count
-        if index is None and count is None:
+        if index is None or count is None:
+            require(
+                index is None and count is None,
+                f"array_index is {index} and array_count is {count}; give both or none",
+            )
             return
-        require(
-            index is not None and count is not None,
-            f"array_index is {index} and array_count is {count}; give both or none",
-        )
-        assert index is not None and count is not None
         require(
             0 <= index < count,
             f"array_index is {index} and array_count is {count}; the index must be 0 to count - 1",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -25,8 +24,8 @@ from megatron_dlm.data.input_plan import Job
 from megatron_dlm.data.recipe import Recipe
 from megatron_dlm.data.shard_job import JobRunner, Progress
 from megatron_dlm.data.stop_request import STOP_SIGNALS
-from megatron_dlm.data.tokenizer import num_cores
 from megatron_dlm.runtime.errors import is_users
+from megatron_dlm.runtime.processes import end_with_parent, num_cores
 
 # A worker notices within a batch that it has to end; one that does not is killed.
 _GRACE_SECONDS = 10.0
@@ -176,7 +175,7 @@ def _end(workers: Mapping[Connection, SpawnProcess]) -> None:
 
 def _work(channel: Connection, config: PreprocessConfig, recipe: Recipe, num_threads: int) -> None:
     """A worker: runs the jobs that come through the channel until None comes."""
-    threading.Thread(target=_die_with_parent, name="die_with_parent", daemon=True).start()
+    end_with_parent()  # what it leaves is overwritten next time
     # Read by the tokenizer libraries when they start their threads.
     os.environ["RAYON_NUM_THREADS"] = str(num_threads)
     try:
@@ -210,11 +209,3 @@ def _is_sent(channel: Connection, message: Report | Exception | None) -> bool:
     except OSError:
         return False
     return True
-
-
-def _die_with_parent() -> None:
-    """Even kill -9 of the parent ends its workers; what they leave is overwritten next time."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -16,7 +16,7 @@ _POLL_SECONDS = 0.1
 
 def prefetch(
     function: Callable[[Item], Result], items: Iterable[Item], *, depth: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield function(item) in order, up to `depth` results ahead.
 
     An error of the function is raised at the place of its item. The thread ends when the iterator

@@ -28,7 +28,8 @@ from megatron_dlm.data.shard_set import (
 )
 from megatron_dlm.data.shard_summary import Summary, in_words, totals
 from megatron_dlm.data.stop_request import Stopped, StopRequest
-from megatron_dlm.data.tokenizer import load_tokenizer, num_cores
+from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.runtime.processes import num_cores
 
 
 def preprocess(config: PreprocessConfig) -> None:

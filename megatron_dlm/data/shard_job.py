@@ -74,7 +74,7 @@ class JobRunner:
             start = Place(*parts[-1].origin.resume_at)
         batches = read_batches(job.pieces, self._config, start)
         ahead = prefetch(lambda batch: batch, batches, depth=_BATCHES_AHEAD)
-        with closing(ahead):  # type: ignore[type-var]  # a generator, though it does not say so
+        with closing(ahead):
             for first in ahead:
                 yield from self._write_part(number, part, _part_of(first, ahead))
                 part += 1

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from megatron_dlm.data.reading_progress import reading_progress
 from megatron_dlm.runtime.errors import is_users
+from megatron_dlm.runtime.processes import end_with_parent, num_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -37,7 +36,7 @@ def map_shards(
     `function` must be importable by name; `sizes_bytes` is what each item reads, for the progress
     that is shown on stderr; `workers` 0 stands for one per core. An error of one item ends all.
     """
-    wanted = workers or len(os.sched_getaffinity(0))
+    wanted = workers or num_cores()
     useful = min(len(items), -(-sum(sizes_bytes) // _BYTES_PER_WORKER))
     with reading_progress(label, sum(sizes_bytes)) as advance:
         if min(wanted, useful) <= 1:
@@ -94,11 +93,4 @@ def _ignore(size_bytes: int) -> None:
 def _end_at_once(channel: Connection) -> None:
     """This worker lives no longer than its parent, or than the other end of the channel."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends us
-    threading.Thread(target=_wait_for_end, args=(channel,), daemon=True).start()
-
-
-def _wait_for_end(channel: Connection) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel, channel])
-    os._exit(1)
+    end_with_parent([channel])

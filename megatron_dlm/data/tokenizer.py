@@ -13,6 +13,7 @@ from megatron_dlm.config.tokenizer_metadata import TokenizerMetadata
 from megatron_dlm.data.huggingface_model import HuggingFaceModel
 from megatron_dlm.data.sentencepiece_model import SentencePieceModel
 from megatron_dlm.data.tokenizer_source import TokenizerSource, read_source
+from megatron_dlm.runtime.processes import num_cores
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,3 @@ def reject_surrogates(texts: Iterable[str]) -> None:
                 f"the text that begins {text[:20]!r} holds half a surrogate pair at character "
                 f"{error.start}, which is no Unicode text; leave it out"
             ) from None
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

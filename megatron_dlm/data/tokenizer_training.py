@@ -21,7 +21,7 @@ from megatron_dlm.data.encoder import open_encoder
 from megatron_dlm.data.input_plan import find_files, plan_jobs
 from megatron_dlm.data.readers import read_documents
 from megatron_dlm.data.sentencepiece_training import SentenceSample, train_model
-from megatron_dlm.data.tokenizer import Tokenizer, num_cores, open_source
+from megatron_dlm.data.tokenizer import Tokenizer, open_source
 from megatron_dlm.data.tokenizer_adoption import adopt, with_multiple
 from megatron_dlm.data.tokenizer_report import MeasuringSample, bytes_per_token, report
 from megatron_dlm.data.tokenizer_source import (
@@ -30,6 +30,7 @@ from megatron_dlm.data.tokenizer_source import (
     read_source,
     trained_source,
 )
+from megatron_dlm.runtime.processes import num_cores
 
 # int32 [vocab_size]: UTF-8 bytes of text that each id stands for.
 TOKEN_BYTES_FILE = "token_bytes.npy"

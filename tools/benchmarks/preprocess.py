@@ -86,31 +86,37 @@ def _arguments() -> argparse.Namespace:
 def _write_corpus(path: Path, num_bytes: int) -> dict[str, int]:
     """Documents of about 3,000 characters; the same ones again where there is too little text."""
     written = documents = different = 0
+    texts = _documents()
     with path.open("wb") as lines:
         while written < num_bytes:
-            for text in _documents():
-                written += lines.write(json.dumps({"text": text}).encode() + b"\n")
-                documents += 1
-                if written >= num_bytes:
-                    break
-            different = different or written
-    return {"bytes": written, "documents": documents, "different_bytes": different}
+            text = next(texts, None)
+            if text is None:  # the machine has no more
+                different = different or written
+                texts = _documents()
+                continue
+            written += lines.write(json.dumps({"text": text}).encode() + b"\n")
+            documents += 1
+    return {"bytes": written, "documents": documents, "different_bytes": different or written}
 
 
 def _documents() -> Iterator[str]:
     roots = [sysconfig.get_paths()[name] for name in ("stdlib", "purelib")]
     for root in [*roots, "/usr/share/doc", "/usr/share", "/usr/lib", "/usr/include"]:
         for path in sorted(Path(root).rglob("*")):
-            if path.suffix not in _SUFFIXES or not path.is_file():
-                continue
-            try:
-                text = path.read_text("utf-8") if path.stat().st_size < _MAX_FILE_BYTES else ""
-            except (UnicodeDecodeError, OSError):
-                continue
-            for start in range(0, len(text), _DOCUMENT_CHARACTERS):
-                document = text[start : start + _DOCUMENT_CHARACTERS]
-                if document.strip():
-                    yield document
+            text = _text_of(path)
+            pieces = range(0, len(text), _DOCUMENT_CHARACTERS)
+            documents = (text[start : start + _DOCUMENT_CHARACTERS] for start in pieces)
+            yield from (document for document in documents if document.strip())
+
+
+def _text_of(path: Path) -> str:
+    """Nothing for what is no text."""
+    try:
+        if path.suffix in _SUFFIXES and path.is_file() and path.stat().st_size < _MAX_FILE_BYTES:
+            return path.read_text("utf-8")
+    except (UnicodeDecodeError, OSError):
+        pass
+    return ""
 
 
 def _training_texts(corpus: Path) -> list[str]:

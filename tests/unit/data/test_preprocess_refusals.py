@@ -184,6 +184,21 @@ def test_damaged_shards_are_written_again(settings: PreprocessConfig, tmp_path: 
     assert files(tmp_path / "out") == whole
 
 
+def test_going_on_behind_any_shard(settings: PreprocessConfig, tmp_path: Path) -> None:
+    """Of every format: the reader is set down in the middle of lines, packed lines and rows."""
+    settings = replace(settings, shard_size_bytes=12_000, minimum_characters=40)
+    preprocess(settings)
+    whole = files(tmp_path / "out")
+    names = sorted(name for name in whole if name.endswith(".manifest.json"))
+    later_parts = [name for name in names if "_000.manifest" not in name]
+    sources = "".join(whole[name].decode() for name in later_parts)
+    assert all(suffix in sources for suffix in ("gz", "zst", "parquet"))
+    for name in later_parts:
+        (tmp_path / "out" / name).unlink()
+        preprocess(settings)
+        assert files(tmp_path / "out") == whole
+
+
 def test_a_shard_that_another_process_is_writing(
     settings: PreprocessConfig, tmp_path: Path
 ) -> None:
