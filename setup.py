@@ -31,7 +31,10 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_namespace_packages(include=["megatron_dlm", "megatron_dlm.*"]),
     package_data={"megatron_dlm.config.presets": ["*.yaml"]},
-    entry_points={"console_scripts": ["megatron-dlm = megatron_dlm.cli:main"]},
+    entry_points={
+        "console_scripts": ["megatron-dlm = megatron_dlm.cli:main"],
+        "lm_eval.models": ["megatron_dlm = megatron_dlm.evaluation.lm_eval_adapter:MegatronDLM"],
+    },
     install_requires=[
         "megatron-core==0.16.1",
         "torch",
@@ -53,7 +56,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]"],
         "hf": HUGGING_FACE,
-        "eval": [*HUGGING_FACE, "lm-eval"],
+        "eval": [*HUGGING_FACE, "lm-eval>=0.4.13"],
         "plot": ["matplotlib", "scipy"],
         "dev": [
             "pytest>=8",

@@ -32,8 +32,8 @@ doc_to_choice: "{{{{options}}}}"
 doc_to_target: right
 target_delimiter: ""
 metric_list:
-  - metric: acc
-  - metric: acc_norm
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
 metadata: {{version: 1.0}}
 """
 LIBRARY_TEXT = """\
@@ -59,7 +59,7 @@ doc_to_text: "{{{{line}}}}\\n"
 doc_to_target: "{{{{line}}}}"
 generation_kwargs: {{until: ["\\n"], max_gen_toks: 24, do_sample: false}}
 metric_list:
-  - metric: exact_match
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
 metadata: {{version: 1.0}}
 """
 

@@ -145,6 +145,25 @@ class ModelConfig:
         return -(-self.vocab_size // multiple) * multiple
 
 
+WEIGHT_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "activation",
+    "qk_layernorm",
+    "normalization_epsilon",
+    "rotary_base",
+    "rope_scaling_factor",
+    "vocab_size",
+    "make_vocab_size_divisible_by",
+    "untie_embeddings_and_output_weights",
+)
+"""The part of ModelConfig that says what the weights are; the rest is how they are used."""
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """What is learned. Fields of another kind must keep their defaults."""

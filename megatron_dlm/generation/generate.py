@@ -1,32 +1,69 @@
-"""Text from a run directory: loads its newest checkpoint on one rank and samples."""
+"""The `generate` command: texts from one model, or from several side by side."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import TextIO
 
-import torch
-from torch import Tensor
+from rich.console import Console
 
-from megatron_dlm.checkpoint.retention import whole_checkpoints
-from megatron_dlm.config.architecture import ParallelConfig
-from megatron_dlm.config.parse import parse
-from megatron_dlm.config.schema import RunConfig
-from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_dlm.generation.samplers import Denoiser, sample_autoregressive, sample_masked
+from megatron_dlm.config.generation_commands import GenerateConfig
+from megatron_dlm.generation.display import LiveView, print_comparison, print_text
+from megatron_dlm.generation.masked_samplers import MaskedDecoding, RevealOrder
+from megatron_dlm.generation.prompts import read_prompts
+from megatron_dlm.generation.samplers import TokenChoice
+from megatron_dlm.generation.texts import Sampling, Text, generate_texts
+from megatron_dlm.hf.load import LoadedModel, load_model
 from megatron_dlm.runtime.device import open_device
 
 
-class Loaded(NamedTuple):
-    """A model ready to sample from."""
+def generate(config: GenerateConfig) -> None:
+    """Print texts for every prompt, and write them as JSON lines if asked to."""
+    sampling = sampling_of(config)
+    prompts = read_prompts(config)
+    console = Console(highlight=False)
+    with _output(config.output) as lines:
+        if config.compare:
+            _compare(config, sampling, prompts, console, lines)
+            return
+        for text in _texts(config, str(config.model), sampling, prompts, console):
+            _write(lines, text)
+            if config.output != "-":
+                print_text(console, text)
 
-    denoiser: Denoiser
-    """tokens int64 [b, S] -> logits [b, S, vocab_size], any S."""
-    tokenizer: Tokenizer
-    config: RunConfig
+
+def sampling_of(config: GenerateConfig) -> Sampling:
+    """The options in the samplers' words; ValueError where they contradict each other."""
+    decoding = MaskedDecoding(
+        order=_order(config),
+        num_steps=config.num_steps,
+        block_size=config.block_size,
+        threshold=config.threshold,
+        guidance=config.guidance,
+        cache=config.cache,
+    )
+    return Sampling(
+        num_tokens=config.num_tokens,
+        infill=config.infill,
+        choice=TokenChoice(config.temperature, config.top_k, config.top_p),
+        decoding=decoding,
+        keeps_keys=config.cache != "none",
+        stop=config.stop,
+        seed=config.seed,
+    )
+
+
+def _order(config: GenerateConfig) -> RevealOrder:
+    if config.order != "auto":
+        return config.order
+    if config.threshold is not None:
+        return "low_confidence"
+    return "first_hitting" if config.num_steps is None else "ancestral"
 
 
 def sample_run(
@@ -39,85 +76,81 @@ def sample_run(
 ) -> list[str]:
     """Each prompt with its continuation by `num_tokens` tokens, from the newest checkpoint.
 
-    Autoregressive runs sample left to right; masked runs by the reverse process, one step per
-    token. Raises ValueError when the directory holds no run, checkpoint or tokenizer.
+    Autoregressive models sample left to right, masked ones by the exact reverse process. Raises
+    ValueError when the directory holds no run, checkpoint or tokenizer.
     """
-    texts = []
-    with loaded(run_directory) as model:
-        for row, prompt in enumerate(prompts):
-            tokens = _sample(model, prompt, row, num_tokens, temperature=temperature, seed=seed)
-            texts.append(model.tokenizer.decode(tokens[0].tolist()))
-    return texts
+    sampling = Sampling(num_tokens, choice=TokenChoice(temperature), stop=False, seed=seed)
+    texts = generate_texts(load_model(run_directory), prompts, sampling)
+    return [text.prompt + text.text for text in texts]
+
+
+def _compare(
+    config: GenerateConfig,
+    sampling: Sampling,
+    prompts: Sequence[str],
+    console: Console,
+    lines: TextIO | None,
+) -> None:
+    """One model after the other, so that only one has to fit; then prompt by prompt."""
+    columns = []
+    for path in config.compare:
+        columns.append(list(_texts(config, path, sampling, prompts, console)))
+        for text in columns[-1]:
+            _write(lines, text)
+    if config.output != "-":
+        for row in zip(*columns, strict=True):
+            print_comparison(console, row)
+
+
+def _texts(
+    config: GenerateConfig,
+    path: str,
+    sampling: Sampling,
+    prompts: Sequence[str],
+    console: Console,
+) -> Iterator[Text]:
+    device = open_device(config.device).torch_device
+    dtype = None if config.precision == "checkpoint" else config.precision
+    model = load_model(path, device=device, dtype=dtype, step=config.step)
+    if not config.compare:
+        _refuse_options_of_others(config, model)
+    view = None
+    if config.live:
+        assert model.tokenizer is not None
+        pause = config.live_pause_seconds
+        view = LiveView(console, model.tokenizer, model.mask_token_id, pause_seconds=pause)
+    for text in generate_texts(
+        model,
+        prompts,
+        sampling,
+        num_samples=config.num_samples,
+        batch_size=1 if config.live else config.batch_size,
+        watch=None if view is None else view.watch,
+    ):
+        if view is not None:
+            view.clear()
+        yield text
+
+
+def _refuse_options_of_others(config: GenerateConfig, model: LoadedModel) -> None:
+    if model.objective_kind == "autoregressive":
+        for name, value in config.masked_options.items():
+            raise ValueError(
+                f"{name} is {value}, which is for masked models; {model.source} is autoregressive: "
+                f"remove {name}"
+            )
 
 
 @contextmanager
-def loaded(run_directory: str | Path) -> Iterator[Loaded]:
-    """The model of the newest whole checkpoint, on one rank, in evaluation mode."""
-    root = Path(run_directory)
-    config = parse(RunConfig, ["--config", str(root / "config.yaml")], "generate")
-    if config.data.tokenizer is None:
-        raise ValueError(f"{root}/config.yaml names no data.tokenizer; text needs one")
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    whole, _ = whole_checkpoints(root / "checkpoints")
-    if not whole:
-        raise ValueError(f"{root}/checkpoints holds no whole checkpoint; train first")
-    device = open_device(config.train.device)  # before megatron.core is imported
-    from megatron_dlm.checkpoint.store import load_weights
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.runtime.parallel import parallel_context
-    from megatron_dlm.runtime.seeding import seed_dropout
-
-    layout = ParallelConfig()
-    with parallel_context(layout, device) as parallel:
-        seed_dropout(config.train.seed, 0, parallel)
-        (model,) = build_model(
-            replace(config.model, recompute_granularity="none"),
-            layout,
-            config.objective.attention,
-            precision=config.train.precision,
-            seed=config.train.seed,
-            device=device,
-            parallel=parallel,
-        )
-        load_weights(whole[-1], [model], parallel)
-        model.eval()
-
-        @torch.no_grad()
-        def denoiser(tokens: Tensor) -> Tensor:
-            tokens = tokens.to(device.torch_device)
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            logits = model(tokens, positions)[:, : config.model.vocab_size]
-            return logits.float().unflatten(0, tuple(tokens.shape))
-
-        yield Loaded(denoiser, tokenizer, config)
+def _output(path: str | None) -> Iterator[TextIO | None]:
+    """Where JSON lines go: nowhere, to standard output, or to a file, opened before any work."""
+    if path is None or path == "-":
+        yield None if path is None else sys.stdout
+        return
+    with Path(path).open("w", encoding="utf-8") as stream:
+        yield stream
 
 
-def _sample(
-    model: Loaded, prompt: str, row: int, num_tokens: int, *, temperature: float, seed: int
-) -> Tensor:
-    tokenizer = model.tokenizer
-    tokens = torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64)
-    row_ids = torch.tensor([row])
-    forbidden = [token for token in tokenizer.special_ids if token != tokenizer.eod_id]
-    if model.config.objective.kind == "autoregressive":
-        return sample_autoregressive(
-            model.denoiser,
-            tokens,
-            num_tokens=num_tokens,
-            temperature=temperature,
-            forbidden_ids=forbidden,
-            seed=seed,
-            row_ids=row_ids,
-        )
-    return sample_masked(
-        model.denoiser,
-        tokens,
-        num_tokens=num_tokens,
-        num_steps=num_tokens,
-        mask_id=tokenizer.mask_id,
-        order="ancestral",
-        temperature=temperature,
-        forbidden_ids=forbidden,
-        seed=seed,
-        row_ids=row_ids,
-    )
+def _write(lines: TextIO | None, text: Text) -> None:
+    if lines is not None:
+        print(json.dumps(asdict(text), ensure_ascii=False), file=lines, flush=True)

@@ -1,156 +1,100 @@
-"""Text from a model: autoregressive and masked-diffusion samplers. Needs PyTorch and nothing else.
+"""What all samplers share, and the autoregressive one. Needs PyTorch and nothing else.
 
-A denoiser maps tokens int64 [b, S] to logits [b, S, V]. All randomness is a pure function of (seed,
-row id, position, step), so a row's text does not depend on the other rows of its batch.
+All randomness is a pure function of (seed, row id, position, step), where the position counts the
+real tokens before a slot: a row's text depends neither on the other rows of its batch nor on
+padding. Shapes: b rows, L slots, V vocabulary. Exported models carry a copy of this file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-Denoiser = Callable[[Tensor], Tensor]
-RevealOrder = Literal["ancestral", "low_confidence", "random"]
+Watch = Callable[[Tensor], None]
+"""Called with a copy of all tokens (int64 [b, s]) after every step."""
 
 # What one draw is for; part of the key of the noise.
-_TOKEN, _REVEAL = 0, 1
+DRAW_TOKEN, DRAW_ORDER = 0, 1
 
 
-@torch.no_grad()
-def sample_autoregressive(
-    denoiser: Denoiser,
-    prompt: Tensor,
-    *,
-    num_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    forbidden_ids: Sequence[int] = (),
-    eos_id: int | None = None,
-    seed: int = 0,
-    row_ids: Tensor | None = None,
-) -> Tensor:
-    """Continue `prompt` (int64 [b, P], P >= 1) by `num_tokens` tokens, left to right: [b, P + num].
+class Denoiser(Protocol):
+    """The model as a sampler sees it."""
 
-    `denoiser` gives at slot i the logits of token i + 1. Temperature 0 takes the likeliest token;
-    `forbidden_ids` are never emitted. After `eos_id` a row holds nothing but `eos_id`. `row_ids`
-    (int64 [b], default 0..b-1) name the rows for the noise.
-    """
-    choice = _Choice(temperature, top_k, top_p, tuple(forbidden_ids))
-    _check_prompt(prompt, num_tokens)
-    if prompt.shape[1] == 0:
-        raise ValueError("the prompt is empty; give at least one token, such as bos")
-    rows = _row_ids(prompt, row_ids)
-    length = prompt.shape[1] + num_tokens
-    tokens = prompt.clone()
-    ended = torch.zeros_like(rows, dtype=torch.bool)
-    for position in range(prompt.shape[1], length):
-        probs = choice.probs(denoiser(tokens)[:, -1])  # [b, V]
-        drawn = _draw(probs, _uniform(seed, _TOKEN, rows, torch.full_like(rows, position), 0))
-        if eos_id is not None:
-            drawn = torch.where(ended, eos_id, drawn)
-            ended = drawn == eos_id
-        tokens = torch.cat([tokens, drawn[:, None]], dim=1)
-        if eos_id is not None and bool(ended.all()):
-            break
-    return torch.nn.functional.pad(tokens, (0, length - tokens.shape[1]), value=eos_id)
+    def __call__(
+        self,
+        tokens: Tensor,
+        *,
+        valid: Tensor | None = None,
+        slots: Tensor | None = None,
+        cache: object | None = None,
+    ) -> Tensor:
+        """Logits [b, s, V] of tokens (int64 [b, s]): for the same slot (masked) or the next (AR).
 
+        valid (bool [b, s], with a cache [b, L]): False is padding, which no slot sees; None is all
+        True. With a cache the tokens lie at `slots` (int64 [s]) of its L slots: their keys and
+        values are stored there, and they see every slot stored so far (AR: not those behind).
+        """
 
-@torch.no_grad()
-def sample_masked(
-    denoiser: Denoiser,
-    prompt: Tensor,
-    *,
-    num_tokens: int,
-    num_steps: int,
-    mask_id: int,
-    order: RevealOrder = "ancestral",
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    forbidden_ids: Sequence[int] = (),
-    seed: int = 0,
-    row_ids: Tensor | None = None,
-) -> Tensor:
-    """Fill `num_tokens` masks after `prompt` (int64 [b, P]) in `num_steps` steps: [b, P + num].
-
-    `denoiser` gives at slot i the logits of token i. `order` says what a step reveals:
-    ancestral: the reverse process of the linear schedule, each mask with probability
-    1 / (steps left); low_confidence: an equal share per step, the tokens that the model gives the
-    highest probability, so that the unsure ones wait; random: an equal share in random order.
-    Temperature 0 takes the likeliest tokens. The mask and `forbidden_ids` are never emitted.
-    Steps that reveal nothing do not call the denoiser. `row_ids` as in `sample_autoregressive`.
-    """
-    choice = _Choice(temperature, top_k, top_p, (mask_id, *forbidden_ids))
-    _check_prompt(prompt, num_tokens)
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
-    if order not in ("ancestral", "low_confidence", "random"):
-        raise ValueError(f"order is {order!r}; use ancestral, low_confidence or random")
-    masks = prompt.new_full((prompt.shape[0], num_tokens), mask_id)
-    tokens = torch.cat([prompt, masks], dim=1)
-    positions = torch.arange(tokens.shape[1], device=prompt.device).expand_as(tokens)
-    rows = _row_ids(prompt, row_ids)[:, None].expand_as(tokens)
-    hidden = positions >= prompt.shape[1]
-    for step in range(num_steps):
-        share = (step + 1) * num_tokens // num_steps - step * num_tokens // num_steps
-        # Only the low-confidence order has to ask the model before it can choose.
-        if order == "ancestral":
-            noise = _uniform(seed, _REVEAL, rows, positions, step)
-            reveal = hidden & (noise * (num_steps - step) < 1)
-        elif order == "random":
-            reveal = _best(_uniform(seed, _REVEAL, rows, positions, 0), hidden, share)
-        else:
-            reveal = hidden & (share > 0)
-        if not bool(reveal.any()):
-            continue
-        logits = denoiser(tokens)[reveal]  # [n, V]
-        drawn = _draw(
-            choice.probs(logits), _uniform(seed, _TOKEN, rows[reveal], positions[reveal], step)
-        )
-        candidate = tokens.masked_scatter(reveal, drawn)
-        if order == "low_confidence":
-            confidence = choice.plain_probs(logits).gather(1, drawn[:, None])[:, 0]
-            score = torch.zeros_like(tokens, dtype=confidence.dtype)
-            reveal = _best(score.masked_scatter(reveal, confidence), hidden, share)
-        tokens = torch.where(reveal, candidate, tokens)
-        hidden = hidden & ~reveal
-    return tokens
+    def new_cache(self, batch_size: int, num_slots: int) -> object:
+        """An empty cache."""
 
 
 @dataclass(frozen=True)
-class _Choice:
-    """How the next token is drawn from logits."""
+class Samples:
+    """What a sampler returns."""
 
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    forbidden_ids: tuple[int, ...]
+    tokens: Tensor
+    """int64 [b, L]: the prompts as given, then the new tokens; behind an end nothing but ends."""
+    num_new: Tensor
+    """int64 [b]: new tokens before the end."""
+    num_evaluations: Tensor
+    """int64 [b]: forward passes until the row was complete; with guidance each counts twice."""
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """How a token is drawn from logits."""
+
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens."""
+    top_p: float | None = None
+    """Then from the fewest likeliest that together reach p."""
+    forbidden_ids: tuple[int, ...] = ()
+    """Never drawn."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be at least 0")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
 
-    def plain_probs(self, logits: Tensor) -> Tensor:
-        """The model's own distribution over the allowed ids: logits [n, V] -> float64 [n, V]."""
-        return torch.softmax(self._allowed(logits), dim=1)
+    def allowed(self, logits: Tensor) -> Tensor:
+        """Logits [n, V] as float64, the forbidden ids at minus infinity."""
+        logits = logits.to(torch.float64, copy=True)
+        logits[:, list(self.forbidden_ids)] = float("-inf")
+        if not bool(logits.amax(1).isfinite().all()):  # a NaN counts as the greatest
+            raise ValueError("the model's logits are not finite, or every token is forbidden")
+        return logits
 
-    def probs(self, logits: Tensor) -> Tensor:
-        """The distribution to draw from: logits [n, V] -> float64 [n, V].
-
-        top_k keeps the k likeliest tokens, then top_p the fewest likeliest that together reach p.
-        """
-        allowed = self._allowed(logits)
+    def draw(self, allowed: Tensor, uniform: Tensor) -> Tensor:
+        """Ids int64 [n] for allowed logits [n, V], each by one uniform number (float64 [n])."""
         if self.temperature == 0:
-            return torch.nn.functional.one_hot(allowed.argmax(1), logits.shape[1]).double()
+            return allowed.argmax(1)
+        cumulative = self._weights(allowed).cumsum(1)
+        target = uniform[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+    def _weights(self, allowed: Tensor) -> Tensor:
+        """The law to draw from, up to a factor: float64 [n, V]."""
         probs = torch.softmax(allowed / self.temperature, dim=1)
         if self.top_k is None and self.top_p is None:
             return probs
@@ -162,41 +106,114 @@ class _Choice:
             ranked = ranked.masked_fill(ranked.cumsum(1) - ranked >= self.top_p, 0)
         return torch.zeros_like(probs).scatter(1, ids, ranked)
 
-    def _allowed(self, logits: Tensor) -> Tensor:
-        logits = logits.to(torch.float64, copy=True)
-        logits[:, list(self.forbidden_ids)] = float("-inf")
-        return logits
+
+PLAIN_CHOICE = TokenChoice()
 
 
-def _check_prompt(prompt: Tensor, num_tokens: int) -> None:
+@torch.no_grad()
+def sample_autoregressive(
+    denoiser: Denoiser,
+    prompt: Tensor,
+    *,
+    num_tokens: int,
+    choice: TokenChoice = PLAIN_CHOICE,
+    valid: Tensor | None = None,
+    cache: Literal["exact", "none"] = "exact",
+    eos_id: int | None = None,
+    seed: int = 0,
+    row_ids: Tensor | None = None,
+    watch: Watch | None = None,
+) -> Samples:
+    """Continue `prompt` (int64 [b, P], P >= 1) by `num_tokens` tokens, left to right.
+
+    `valid` (bool [b, P]) marks the tokens of shorter prompts; their padding is on the left. Cache
+    `exact` computes every token once, which changes nothing; `none` computes all in every step. A
+    row ends with `eos_id`. `row_ids` (int64 [b], default 0..b-1) name the rows for the noise.
+    """
+    if cache not in ("exact", "none"):
+        raise ValueError(f"cache is {cache!r}; an autoregressive model has exact and none")
+    canvas = Canvas(prompt, num_tokens, filler=0, valid=valid, row_ids=row_ids)
+    tokens, start = canvas.tokens, prompt.shape[1]
+    if start == 0 or not bool(canvas.is_real[:, start - 1].all()):
+        raise ValueError("a prompt is empty; give at least one token, such as bos")
+    store = denoiser.new_cache(*tokens.shape) if cache == "exact" else None
+    ended, evaluations = torch.zeros_like(tokens[:, 0], dtype=torch.bool), canvas.zeros()
+    for slot in range(start, tokens.shape[1]):
+        if store is None:
+            seen = None if canvas.valid is None else canvas.valid[:, :slot]
+            logits = denoiser(tokens[:, :slot], valid=seen)
+        else:
+            fresh = canvas.slots[0 if slot == start else slot - 1 : slot]
+            logits = denoiser(tokens[:, fresh], valid=canvas.valid, slots=fresh, cache=store)
+        noise = uniform(seed, DRAW_TOKEN, canvas.rows[:, slot], canvas.positions[:, slot])
+        drawn = choice.draw(choice.allowed(logits[:, -1]), noise)
+        evaluations += ~ended
+        tokens[:, slot] = drawn if eos_id is None else drawn.masked_fill(ended, eos_id)
+        if watch is not None:
+            watch(tokens[:, : slot + 1].clone())
+        if eos_id is not None:
+            ended |= drawn == eos_id
+            if bool(ended.all()):
+                tokens[:, slot + 1 :] = eos_id
+                break
+    return Samples(tokens, num_before_end(tokens, canvas.slots >= start, eos_id), evaluations)
+
+
+class Canvas:
+    """The rows to fill: prompts, then `num_tokens` fillers. Checks what the caller gave."""
+
+    def __init__(
+        self,
+        prompt: Tensor,
+        num_tokens: int,
+        *,
+        filler: int,
+        valid: Tensor | None,
+        row_ids: Tensor | None,
+    ) -> None:
+        _check(prompt, num_tokens, valid, row_ids)
+        fillers = (0, num_tokens)
+        self.tokens = functional.pad(prompt, fillers, value=filler)
+        """int64 [b, L]."""
+        real = torch.ones_like(prompt, dtype=torch.bool) if valid is None else valid.bool()
+        self.is_real = functional.pad(real, fillers, value=True)
+        """bool [b, L]: not padding."""
+        self.valid = None if bool(real.all()) else self.is_real
+        """The same for the denoiser: None without padding."""
+        self.positions = self.is_real.cumsum(1) - 1
+        """int64 [b, L]: real slots before."""
+        ids = torch.arange(len(prompt)) if row_ids is None else row_ids
+        self.rows = ids.to(prompt)[:, None].expand_as(self.tokens)
+        """int64 [b, L]: row id of every slot."""
+        self.slots = torch.arange(self.tokens.shape[1], device=prompt.device)
+        """int64 [L]."""
+
+    def zeros(self) -> Tensor:
+        """One int64 0 per row."""
+        return torch.zeros_like(self.tokens[:, 0])
+
+
+def _check(prompt: Tensor, num_tokens: int, valid: Tensor | None, row_ids: Tensor | None) -> None:
+    shape = list(prompt.shape)
     if prompt.dim() != 2 or prompt.dtype != torch.int64:
-        raise ValueError(f"prompt is {prompt.dtype} {list(prompt.shape)}; it must be int64 [b, P]")
-    if num_tokens < 0:
-        raise ValueError(f"num_tokens is {num_tokens}; it must be at least 0")
+        raise ValueError(f"prompt is {prompt.dtype} {shape}; it must be int64 [b, P]")
+    if num_tokens < 0 or shape[0] == 0 or shape[1] + num_tokens == 0:
+        raise ValueError(f"num_tokens is {num_tokens} behind prompts {shape}: nothing to sample")
+    if valid is not None and valid.shape != prompt.shape:
+        raise ValueError(f"valid is {list(valid.shape)}; it must be as the prompt, {shape}")
+    if valid is not None and num_tokens and bool((valid[:, 1:] < valid[:, :-1]).any()):
+        raise ValueError("a prompt has padding on its right; pad it on its left")
+    if row_ids is not None and row_ids.shape != prompt.shape[:1]:
+        raise ValueError(f"row_ids has {row_ids.numel()} entries for {shape[0]} prompts")
 
 
-def _row_ids(prompt: Tensor, row_ids: Tensor | None) -> Tensor:
-    if row_ids is None:
-        return torch.arange(prompt.shape[0], device=prompt.device)
-    if row_ids.shape != prompt.shape[:1]:
-        raise ValueError(f"row_ids has {row_ids.numel()} entries for {prompt.shape[0]} prompts")
-    return row_ids.to(device=prompt.device, dtype=torch.int64)
+def num_before_end(tokens: Tensor, is_new: Tensor, eos_id: int | None) -> Tensor:
+    """New tokens (bool [b, L] or [L]) of every row before the first new end: int64 [b]."""
+    ends = is_new & (tokens == (-1 if eos_id is None else eos_id))
+    return (is_new & (ends.cumsum(1) == 0)).sum(1)
 
 
-def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Ids int64 [n], one per row of weights [n, V], which need not sum to 1: inverts the sums."""
-    cumulative = weights.cumsum(1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
-
-
-def _best(score: Tensor, candidates: Tensor, count: int) -> Tensor:
-    """In every row of score [b, S] the `count` highest candidates, the leftmost of equals: bool."""
-    ranking = score.masked_fill(~candidates, -1.0).argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(candidates).scatter(1, ranking[:, :count], True) & candidates
-
-
-def _uniform(seed: int, purpose: int, row: Tensor, position: Tensor, step: int) -> Tensor:
+def uniform(seed: int, purpose: int, row: Tensor, position: Tensor, step: int = 0) -> Tensor:
     """float64 in [0, 1), a hash of its arguments; row and position are int64 of one shape.
 
     52 bits: the product with a float64 then always stays below that number.

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from megatron_dlm.checkpoint.retention import whole_checkpoints
-from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig
+from megatron_dlm.config.architecture import WEIGHT_FIELDS, ModelConfig, ObjectiveConfig
 from megatron_dlm.config.hf_commands import ImportConfig
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.data.tokenizer_source import TokenizerSource, read_source
@@ -39,24 +39,7 @@ SETTINGS_FILE = "imported.yaml"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BLOCK_ROWS = 8192
 # What the weights say of the model section; all of it is written, defaults too.
-_IMPLIED = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "ffn_hidden_size",
-    "activation",
-    "qk_layernorm",
-    "normalization_epsilon",
-    "rotary_base",
-    "rope_scaling_factor",
-    "seq_length",
-    "vocab_size",
-    "make_vocab_size_divisible_by",
-    "untie_embeddings_and_output_weights",
-    "megatron",
-)
+_IMPLIED = (*WEIGHT_FIELDS, "seq_length", "megatron")
 
 
 @dataclass(frozen=True)

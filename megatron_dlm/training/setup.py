@@ -10,6 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_dlm.checkpoint.retention import Checkpoint
 from megatron_dlm.checkpoint.state import TrainState
 from megatron_dlm.checkpoint.store import Checkpointed, CheckpointStore, check_description, load
+from megatron_dlm.config.architecture import WEIGHT_FIELDS
 from megatron_dlm.config.derive import step_tokens, total_steps
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.config.validate import check_schedule
@@ -29,24 +30,6 @@ from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_dlm.training.run_directory import RunDirectory
 from megatron_dlm.training.step import Pass
 from megatron_dlm.training.validate import num_validation_samples, validation_micro_batches
-
-# The part of the model section that says what the weights are; the rest is how they are used.
-_WEIGHT_FIELDS = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "ffn_hidden_size",
-    "activation",
-    "qk_layernorm",
-    "normalization_epsilon",
-    "rotary_base",
-    "rope_scaling_factor",
-    "vocab_size",
-    "make_vocab_size_divisible_by",
-    "untie_embeddings_and_output_weights",
-)
 
 
 @dataclass(frozen=True)
@@ -112,7 +95,7 @@ def describe(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     """What a checkpoint of this run says about itself; a run continues only from its equal."""
     model = asdict(config.model)
     return {
-        "model": {name: model[name] for name in _WEIGHT_FIELDS},
+        "model": {name: model[name] for name in WEIGHT_FIELDS},
         "data": {"digest": corpus.digest},
     }
 
