@@ -1,0 +1,48 @@
+"""The figure of loss against the noise level."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_dlm.evaluation.shards import LevelPoint
+
+# Okabe and Ito's palette: distinct for colour-blind readers and in print.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def plot_noise_levels(
+    curves: Mapping[str, Sequence[LevelPoint]], output: Path, *, title: str
+) -> None:
+    """Draw nats per masked token against the share of masked tokens, a line for every label.
+
+    The area under a line is the bound (NELBO) in nats per token. Writes PNG, PDF or SVG by name.
+    """
+    from matplotlib.figure import Figure  # needs no display, unlike pyplot
+
+    figure = Figure(figsize=(6.5, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for number, (label, points) in enumerate(curves.items()):
+        axes.errorbar(
+            [point.level for point in points],
+            [point.nats_per_masked_token for point in points],
+            yerr=[point.standard_error for point in points],
+            color=_COLORS[number % len(_COLORS)],
+            linewidth=1.6,
+            marker="o",
+            markersize=3.5,
+            capsize=2,
+            label=label,
+        )
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("share of masked tokens")
+    axes.set_ylabel("loss of a masked token [nats]")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(framealpha=0.9, edgecolor="none", title="dataset: area under its line")
+    axes.set_title(title, fontsize=10)
+    temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
+    figure.savefig(temporary)
+    os.replace(temporary, output)

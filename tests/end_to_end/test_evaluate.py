@@ -1,0 +1,263 @@
+"""`megatron-dlm evaluate` on trained runs: against validation in training, and through lm-eval."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import arguments, metrics, run_here, start
+from tiny_corpus import TinyCorpus
+
+from megatron_dlm.config.architecture import ObjectiveConfig
+from megatron_dlm.data.loader import read_micro_batch
+from megatron_dlm.data.open_corpus import CorpusSettings, open_corpus
+from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.evaluation.shards import evaluate_shards
+from megatron_dlm.hf.load import load_model
+from megatron_dlm.objectives.build import build_objective
+from megatron_dlm.ops.counter_rng import Stream
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "04_evaluate"
+NUM_WINDOWS = 24
+Runs = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Tiny trained runs; `packed` keeps attention inside documents."""
+    root = tmp_path_factory.mktemp("evaluated")
+    kinds: dict[str, dict[str, Any]] = {
+        "ar": {"objective__kind": "autoregressive"},
+        "masked": {"objective__weighting": "count"},
+        "ar_packed": {"objective__kind": "autoregressive", "data__packing": "pack"},
+        "packed": {"objective__weighting": "count", "data__packing": "pack"},
+    }
+    for name, changes in kinds.items():
+        settings = {"train__steps": 40, "validation__num_samples": NUM_WINDOWS, **changes}
+        settings["validation__interval_steps"] = 40
+        assert run_here(arguments(tiny_corpus, root / name, **settings)) == 0
+    return {name: root / name for name in kinds}
+
+
+@pytest.mark.parametrize("name", ["ar", "ar_packed"])
+def test_the_nll_is_that_of_trainings_validation(
+    name: str, runs: Runs, tiny_corpus: TinyCorpus
+) -> None:
+    trained = metrics(runs[name], "valid")[40]["nelbo"]
+    score = evaluate_shards(load_model(runs[name]), str(tiny_corpus.valid), limit=NUM_WINDOWS)
+    assert score.metric == "nll"
+    assert score.nats_per_token == pytest.approx(trained, rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(trained), rel=1e-4)
+    assert (score.noise_standard_error, score.levels) == (0, [])
+    assert score.standard_error > 0
+    # Rows of one batch, or each by itself, and whatever comes after: the same numbers.
+    alone = evaluate_shards(
+        load_model(runs[name]), str(tiny_corpus.valid), limit=NUM_WINDOWS, batch_size=1
+    )
+    assert alone.nats_per_token == pytest.approx(score.nats_per_token, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["masked", "packed"])
+def test_the_nelbo_agrees_with_trainings_validation(
+    name: str, runs: Runs, tiny_corpus: TinyCorpus
+) -> None:
+    trained = metrics(runs[name], "valid")[40]["nelbo"]
+    model, prefix = load_model(runs[name]), str(tiny_corpus.valid)
+    score = evaluate_shards(model, prefix, limit=NUM_WINDOWS, num_samples=16)
+    assert score.metric == "nelbo"
+    # Training's has one draw per window, as the 16 here: an error larger by the root of 16.
+    error = score.noise_standard_error * math.sqrt(16 + 1)
+    assert 0 < error < 0.2 * trained
+    assert abs(score.nats_per_token - trained) < 3 * error
+    assert score.standard_error > score.noise_standard_error > 0
+    more = evaluate_shards(model, prefix, limit=NUM_WINDOWS, num_samples=64, seed=1)
+    spread = math.hypot(score.noise_standard_error, more.noise_standard_error)
+    assert abs(score.nats_per_token - more.nats_per_token) < 3 * spread
+    assert 0.35 < more.noise_standard_error / score.noise_standard_error < 0.7  # the half
+    levels = [point.level for point in more.levels]
+    assert len(levels) == 20
+    assert levels == sorted(levels)
+    draws = np.array([point.num_draws for point in more.levels])
+    assert draws.sum() == NUM_WINDOWS * 64
+    loss = np.array([point.nats_per_masked_token for point in more.levels])
+    tolerance = 1e-9 if name == "masked" else 0.02  # packed windows differ in their tokens
+    assert (loss * draws).sum() / draws.sum() == pytest.approx(more.nats_per_token, rel=tolerance)
+
+
+def test_the_bound_is_that_of_the_time_form(runs: Runs, tiny_corpus: TinyCorpus) -> None:
+    """The 1/t bound of the objective itself, at many seeds, without our count form."""
+    model, num_windows = load_model(runs["masked"]), 8
+    assert model.mask_token_id is not None
+    size, mask = model.model.config.vocab_size, model.mask_token_id
+    objective = build_objective(
+        ObjectiveConfig(weighting="elbo"),
+        vocab_size=size,
+        mask_token_id=mask,
+        batch_size=num_windows,
+        training=False,
+    )
+    settings = CorpusSettings(seq_length=32, seed=1234, vocab_size=size, mask_token_id=mask)
+    corpus = open_corpus({str(tiny_corpus.valid): 1.0}, settings)
+    batch = read_micro_batch(corpus, 0, num_windows)
+    found = []
+    for seed in range(200):
+        inputs = objective.prepare(batch, seed, Stream.VALIDATION)
+        logits = model.model(inputs.tokens).logits[inputs.scored]
+        total, count = objective.loss(logits, inputs, None).metrics["nelbo"]
+        found.append(float(total / count))
+    score = evaluate_shards(model, str(tiny_corpus.valid), limit=num_windows, num_samples=64)
+    error = math.hypot(np.std(found) / math.sqrt(len(found)), score.noise_standard_error)
+    assert abs(score.nats_per_token - np.mean(found)) < 3 * error
+    assert error < 0.03 * score.nats_per_token
+
+
+def test_bits_per_byte_count_the_bytes_of_the_scored_text(
+    runs: Runs, tiny_corpus: TinyCorpus
+) -> None:
+    """By hand: the bytes that the tokens decode to, one by one."""
+    model, tokenizer = load_model(runs["masked"]), load_tokenizer(tiny_corpus.tokenizer)
+    score = evaluate_shards(model, str(tiny_corpus.valid), limit=3)
+    size = model.model.config.vocab_size
+    settings = CorpusSettings(
+        seq_length=32, seed=1234, vocab_size=size, mask_token_id=model.mask_token_id
+    )
+    corpus = open_corpus({str(tiny_corpus.valid): 1.0}, settings)
+    batch = read_micro_batch(corpus, 0, 3)
+    scored = batch.tokens[:, :-1][batch.valid[:, :-1]].tolist()
+    assert score.num_tokens == len(scored) == 3 * 32
+    around = tokenizer.encode("a")  # a blank at the beginning is text too, inside a document
+    text = [tokenizer.decode([*around, token])[1:] for token in scored]
+    assert score.num_bytes == sum(len(part.encode()) for part in text)
+    assert score.bits_per_byte == pytest.approx(
+        score.nats_per_token * score.num_tokens / score.num_bytes / math.log(2)
+    )
+
+
+def test_the_command_writes_what_it_prints(
+    runs: Runs, tiny_corpus: TinyCorpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", str(tiny_corpus.valid), str(tiny_corpus.other), "--limit=6"]
+    for name, metric in (("ar", "nll"), ("masked", "nelbo")):
+        output = tmp_path / name
+        command = ["evaluate", "--model", str(runs[name]), *flags, "--output_dir", str(output)]
+        assert run_here(command) == 0
+        shown = capsys.readouterr().out
+        report = json.loads((output / "data.json").read_text())
+        assert [row["prefix"] for row in report["data"]] == [
+            str(tiny_corpus.valid),
+            str(tiny_corpus.other),
+        ]
+        for row in report["data"]:
+            assert row["metric"] == metric
+            assert row["num_windows"] == 6
+            assert f"{row['nats_per_token']:.4f} ± {row['standard_error']:.4f}" in shown
+        assert ("by noise level" in shown) == (name == "masked")
+        figure = output / "noise_levels.png"
+        assert figure.exists() == (name == "masked")
+        if name == "masked":
+            assert figure.read_bytes().startswith(b"\x89PNG")
+            assert len(report["data"][0]["levels"]) > 10
+
+
+def test_bad_input_is_named(
+    runs: Runs, tiny_corpus: TinyCorpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = ["--model", str(runs["ar"])], ["--data", str(tiny_corpus.valid)]
+    cases: list[tuple[list[str], str]] = [
+        (model, "nothing to evaluate; give data (prefixes of shards) or tasks"),
+        (["--model", str(tmp_path / "no"), *data], "no is no directory"),
+        ([*model, "--data", str(tmp_path / "none")], "none"),
+        ([*model, *data, "--limit=0"], "evaluate.limit is 0"),
+        ([*model, *data, "--num_samples=-1"], "evaluate.num_samples is -1"),
+        ([*model, *data, "--num_fewshot=2"], "num_fewshot has no meaning without tasks"),
+    ]
+    if importlib.util.find_spec("lm_eval") is not None:
+        cases.append(([*model, "--tasks", "no_such_task"], "lm-eval knows no task no_such_task"))
+    for flags, message in cases:
+        assert run_here(["evaluate", *flags]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.strip().splitlines()) == 1
+
+
+def test_an_unknown_objective_is_refused_by_name(runs: Runs, tiny_corpus: TinyCorpus) -> None:
+    model = load_model(runs["masked"])
+    object.__setattr__(model, "objective_kind", "hybrid")
+    with pytest.raises(ValueError, match=r"objective\.kind hybrid; likelihoods are known for"):
+        evaluate_shards(model, str(tiny_corpus.valid))
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of a process that reads tasks: nothing from the network, no cache of the user."""
+    pytest.importorskip("lm_eval", reason="lm-eval is the extra [eval]")
+    cache = tmp_path_factory.mktemp("cache")
+    return {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_the_example_shows_what_it_says(
+    runs: Runs, tiny_corpus: TinyCorpus, tmp_path: Path, offline: dict[str, str]
+) -> None:
+    """Both models through lm-eval: options, whole texts and generation."""
+    command = [sys.executable, str(EXAMPLE / "run.py"), "--limit=6"]
+    command += [f"--ar={runs['ar']}", f"--masked={runs['masked']}"]
+    command += [f"--data={tiny_corpus.valid}", f"--output={tmp_path / 'out'}"]
+    ended = subprocess.run(
+        command, env={**os.environ, **offline}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr + ended.stdout
+
+    def shape(text: str) -> list[str]:
+        lines = [re.sub(r"-?\d+\.\d+", "N", line).split() for line in text.splitlines()]
+        return [" ".join(line) for line in lines if line][:-1]  # the last one names a path
+
+    expected = (EXAMPLE / "expected_output.txt").read_text()
+    assert shape(ended.stdout) == shape(expected)
+    for name in ("autoregressive", "masked"):
+        directory = tmp_path / "out" / name
+        report = json.loads((directory / "tasks.json").read_text())
+        results = report["results"]
+        assert 0 <= results["next_line"]["acc,none"] <= 1
+        assert results["library_text"]["bits_per_byte,none"] > 0
+        assert results["say_it_again"]["exact_match,none"] >= 0
+        assert report["delta_nll"]["next_line"]["num_questions"] == 6
+        samples = (directory / "samples_next_line.jsonl").read_text().splitlines()
+        assert len(samples) == 6
+        assert all(float(answer[0]) < 0 for answer in json.loads(samples[0])["filtered_resps"])
+        texts = (directory / "samples_say_it_again.jsonl").read_text().splitlines()
+        assert all("\n" not in json.loads(line)["resps"][0][0] for line in texts)
+
+
+def test_lm_evals_own_command_line_gives_the_same(
+    runs: Runs, tmp_path: Path, offline: dict[str, str]
+) -> None:
+    tasks = tmp_path / "tasks"
+    subprocess.run([sys.executable, str(EXAMPLE / "make_tasks.py"), str(tasks)], check=True)
+    flags = ["--tasks", "next_line", "--include_path", str(tasks), "--limit", "5"]
+    module = "megatron_dlm.evaluation.lm_eval_command"
+    command = [sys.executable, "-m", module, "--model", "megatron_dlm", *flags]
+    command += ["--model_args", f"path={runs['masked']},num_samples=4,seed=3"]
+    command += ["--batch_size", "7", "--output_path", str(tmp_path / "theirs")]
+    environment = {**os.environ, **offline}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    (path,) = (tmp_path / "theirs").rglob("results_*.json")
+    theirs = json.loads(path.read_text())
+    assert theirs["config"]["objective"] == "masked"
+    own = ["evaluate", "--model", str(runs["masked"]), *flags, "--num_samples=4", "--seed=3"]
+    os.environ.update(offline)
+    job = start([*own, "--output_dir", str(tmp_path / "ours")], tmp_path / "log")
+    assert job.end().code == 0
+    ours = json.loads((tmp_path / "ours" / "tasks.json").read_text())
+    for name in ("acc,none", "acc_norm,none"):
+        assert ours["results"]["next_line"][name] == theirs["results"]["next_line"][name]
