@@ -24,7 +24,7 @@ COMMANDS = {
         "megatron_dlm.training.entry:train",
     ),
     "tokenizer": (
-        "train a SentencePiece tokenizer",
+        "train a tokenizer, or adopt one with a mask token",
         "megatron_dlm.config.commands:TokenizerConfig",
         "megatron_dlm.data.tokenizer_training:train_tokenizer",
     ),

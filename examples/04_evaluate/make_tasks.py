@@ -19,7 +19,7 @@ from typing import Any
 
 HOLD_OUT_EVERY = 5
 NUM_QUESTIONS, NUM_TEXTS, NUM_COPIES = 200, 40, 20
-CONTEXT_LINES, LONGEST_LINE, LONGEST_TEXT = 3, 60, 600
+CONTEXT_LINES, SHORTEST_LINE, LONGEST_LINE, LONGEST_TEXT = 3, 8, 60, 600
 
 NEXT_LINE = """\
 task: next_line
@@ -69,8 +69,8 @@ def write_tasks(directory: Path) -> None:
     directory = directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)
     texts = list(held_out_definitions())
-    lines = [line for text in texts for line in text.splitlines() if 8 < len(line) < LONGEST_LINE]
-    write_task(directory, "next_line", NEXT_LINE, questions(texts, lines))
+    lines = [line for text in texts for line in text.splitlines() if fits(line)]
+    write_task(directory, "next_line", NEXT_LINE, questions(texts))
     short = [{"text": text} for text in texts if len(text) < LONGEST_TEXT]
     write_task(
         directory, "library_text", LIBRARY_TEXT, short[:: len(short) // NUM_TEXTS][:NUM_TEXTS]
@@ -88,20 +88,28 @@ def held_out_definitions() -> Iterable[str]:
                 yield part.strip() + "\n"
 
 
-def questions(texts: list[str], lines: list[str]) -> list[dict[str, Any]]:
-    """A few lines, the one that follows, and three from elsewhere, in an order that varies."""
+def questions(texts: list[str]) -> list[dict[str, Any]]:
+    """The first lines of a definition, the one that follows, and those of three others.
+
+    All options stand at the same place of a definition, so that only the context tells them apart.
+    """
+    parts = [text.splitlines() for text in texts]
+    begun = [part for part in parts if len(part) > CONTEXT_LINES and fits(part[CONTEXT_LINES])]
+    begun = begun[:: max(1, len(begun) // NUM_QUESTIONS)]
     found = []
-    for text in texts[:: len(texts) // NUM_QUESTIONS]:
-        parts = text.splitlines()
-        if len(parts) <= CONTEXT_LINES or not 8 < len(parts[CONTEXT_LINES]) < LONGEST_LINE:
-            continue
-        number = len(found)
-        wrong = [lines[(1 + number) * step % len(lines)] for step in (7919, 104729, 611953)]
+    for number, part in enumerate(begun):
+        others = [begun[(number + step) % len(begun)][CONTEXT_LINES] for step in (17, 59, 101)]
         right = number % 4
-        options = [*wrong[:right], parts[CONTEXT_LINES], *wrong[right:]]
-        context = "\n".join(parts[:CONTEXT_LINES]) + "\n"
-        found.append({"context": context, "options": options, "right": right})
+        options = [*others[:right], part[CONTEXT_LINES], *others[right:]]
+        context = "\n".join(part[:CONTEXT_LINES]) + "\n"
+        if len({*options}) == 4:
+            found.append({"context": context, "options": options, "right": right})
     return found
+
+
+def fits(line: str) -> bool:
+    """Neither a bracket alone nor a paragraph."""
+    return SHORTEST_LINE < len(line) < LONGEST_LINE
 
 
 def write_task(
