@@ -25,7 +25,7 @@ class GenerateConfig:
     infill: bool = False
     """Fill gaps instead of continuing: <mask:8> in a prompt stands for eight masks."""
     num_tokens: int = 128
-    """New tokens per text; fewer where a text ends."""
+    """New tokens per text; fewer where a text ends, and as many as the gaps have with infill."""
     num_samples: int = 1
     """Texts per prompt."""
     temperature: float = 1.0
@@ -94,6 +94,9 @@ class GenerateConfig:
             "batch_size": self.batch_size,
         }
         require_positive("generate", sizes)
+        require(
+            0 <= self.seed < 2**63, f"seed is {self.seed}; it must be at least 0 and below 2^63"
+        )
         require(
             self.live_pause_seconds >= 0,
             f"live_pause_seconds is {self.live_pause_seconds}; it must be at least 0",

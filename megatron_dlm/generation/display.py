@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text as Styled
 from torch import Tensor
 
-from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.generation.prompts import Prompt
 from megatron_dlm.generation.texts import Text
+from megatron_dlm.hf.load import LoadedModel
 
 _GIVEN, _OLD, _NEW, _HIDDEN = "dim", "", "bold green", "bright_black"
 _HIDDEN_MARK = "░"
@@ -62,12 +62,13 @@ def cost(text: Text) -> str:
 class LiveView:
     """Draws one text again after every step: what is new, what was there, what is hidden."""
 
-    def __init__(
-        self, console: Console, tokenizer: Tokenizer, mask_id: int | None, *, pause_seconds: float
-    ) -> None:
+    def __init__(self, console: Console, model: LoadedModel, *, pause_seconds: float) -> None:
         if not console.is_terminal:
             raise ValueError("live needs a terminal to draw in; leave it out")
-        self._console, self._tokenizer, self._mask_id = console, tokenizer, mask_id
+        if model.tokenizer is None:
+            raise ValueError(f"{model.source} has no tokenizer; text needs one")
+        self._console, self._tokenizer = console, model.tokenizer
+        self._mask_id = model.mask_token_id
         self._pause_seconds = pause_seconds
         self._live: Live | None = None
         self._before: list[int] = []
@@ -85,7 +86,7 @@ class LiveView:
         time.sleep(self._pause_seconds)
 
     def clear(self) -> None:
-        """The text is complete: take the drawing away, so that it can be printed."""
+        """Take the drawing away: the text is complete and can be printed."""
         if self._live is not None:
             self._live.stop()
         self._live, self._before, self._num_steps = None, [], 0

@@ -114,22 +114,23 @@ def _texts(
     model = load_model(path, device=device, dtype=dtype, step=config.step)
     if not config.compare:
         _refuse_options_of_others(config, model)
-    view = None
-    if config.live:
-        assert model.tokenizer is not None
-        pause = config.live_pause_seconds
-        view = LiveView(console, model.tokenizer, model.mask_token_id, pause_seconds=pause)
-    for text in generate_texts(
-        model,
-        prompts,
-        sampling,
-        num_samples=config.num_samples,
-        batch_size=1 if config.live else config.batch_size,
-        watch=None if view is None else view.watch,
-    ):
+    pause_seconds = config.live_pause_seconds
+    view = LiveView(console, model, pause_seconds=pause_seconds) if config.live else None
+    try:
+        for text in generate_texts(
+            model,
+            prompts,
+            sampling,
+            num_samples=config.num_samples,
+            batch_size=config.batch_size if view is None else 1,
+            watch=None if view is None else view.watch,
+        ):
+            if view is not None:
+                view.clear()
+            yield text
+    finally:
         if view is not None:
-            view.clear()
-        yield text
+            view.clear()  # an interruption must not leave the terminal without a cursor
 
 
 def _refuse_options_of_others(config: GenerateConfig, model: LoadedModel) -> None:

@@ -32,8 +32,11 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     texts = list(config.prompt)
     if config.prompts_file is not None and config.prompts_file != "-":
         path = Path(config.prompts_file)
-        with path.open(encoding="utf-8") as stream:
-            texts += _parse(stream, path.name, is_json=path.suffix == ".jsonl")
+        try:
+            with path.open(encoding="utf-8") as stream:
+                texts += _parse(stream, path.name, is_json=path.suffix == ".jsonl")
+        except UnicodeDecodeError:
+            raise ValueError(f"prompts_file {path} is not a text file in UTF-8") from None
     elif config.prompts_file == "-" or (not texts and not sys.stdin.isatty()):
         texts += _parse(sys.stdin, "standard input", is_json=False)
     if not texts:

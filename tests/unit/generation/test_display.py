@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
-from megatron_dlm.data.tokenizer import load_tokenizer
 from megatron_dlm.generation.display import LiveView, print_comparison, print_text, printable
 from megatron_dlm.generation.prompts import Prompt
 from megatron_dlm.generation.texts import Text
+from megatron_dlm.hf.load import load_model
+
+
+@pytest.fixture
+def model(models):
+    return load_model(models["masked"])
 
 
 def text(**changes) -> Text:
@@ -55,15 +61,15 @@ def test_printable_keeps_lines_and_letters():
     assert printable("a\tb\nä\x07\x1b") == "a\tb\nä\ufffd\ufffd"
 
 
-def test_live_view_shows_hidden_new_and_known_tokens(tiny_corpus):
-    tokenizer = load_tokenizer(tiny_corpus.tokenizer)
+def test_live_view_shows_hidden_new_and_known_tokens(model):
+    tokenizer = model.tokenizer
     console = Console(
         file=io.StringIO(), width=60, height=10, force_terminal=True, color_system="standard"
     )
     prompt = Prompt("def ", tokenizer.encode("def "))
     first, second = tokenizer.encode("x")[-1], tokenizer.encode("y")[-1]
     mask = tokenizer.mask_id
-    view = LiveView(console, tokenizer, mask, pause_seconds=0.0)
+    view = LiveView(console, model, pause_seconds=0.0)
     for new in ([mask, first, mask], [second, first, mask], [second, first, second]):
         view.watch(prompt, torch.tensor([*prompt.tokens, *new]))
     view.clear()
@@ -78,11 +84,11 @@ def test_live_view_shows_hidden_new_and_known_tokens(tiny_corpus):
     assert f"yx{green}y" in frames[6]
 
 
-def test_live_view_of_a_long_text_shows_its_end(tiny_corpus):
-    tokenizer = load_tokenizer(tiny_corpus.tokenizer)
+def test_live_view_of_a_long_text_shows_its_end(model):
+    tokenizer = model.tokenizer
     console = Console(file=io.StringIO(), width=40, height=6, force_terminal=True)
     lines = tokenizer.encode("".join(f"line {number}\n" for number in range(20)))
-    view = LiveView(console, tokenizer, tokenizer.mask_id, pause_seconds=0.0)
+    view = LiveView(console, model, pause_seconds=0.0)
     view.watch(Prompt("", []), torch.tensor(lines))
     view.clear()
     output = console.file.getvalue()
@@ -90,7 +96,9 @@ def test_live_view_of_a_long_text_shows_its_end(tiny_corpus):
     assert "line 3\n" not in output
 
 
-def test_live_view_needs_a_terminal(tiny_corpus):
-    tokenizer = load_tokenizer(tiny_corpus.tokenizer)
+def test_live_view_needs_a_terminal_and_text(model):
     with pytest.raises(ValueError, match="live needs a terminal"):
-        LiveView(Console(file=io.StringIO()), tokenizer, 3, pause_seconds=0.0)
+        LiveView(Console(file=io.StringIO()), model, pause_seconds=0.0)
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        LiveView(console, replace(model, tokenizer=None), pause_seconds=0.0)

@@ -103,6 +103,8 @@ def test_bad_input_is_named(models, tmp_path, monkeypatch):
     prompt = ["--prompt", "def "]
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "good"}\n{"text": "no"}\n')
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     cases = [
         (prompt, "exactly one of model"),
@@ -119,6 +121,8 @@ def test_bad_input_is_named(models, tmp_path, monkeypatch):
         (["--model", ar, *prompt, "--live", "true"], "live needs a terminal"),
         (["--model", ar, *prompt, "--live", "true", "--output", "-"], "live draws on standard"),
         (["--model", ar, *prompt, "--live_pause_seconds", 1], "no meaning without live"),
+        (["--model", ar, "--prompts_file", binary], "binary.txt is not a text file in UTF-8"),
+        (["--model", ar, *prompt, "--seed", -1], "seed is -1"),
         (["--model", ar, "--prompts_file", broken], "broken.jsonl, line 2: expected a JSON object"),
         (
             ["--model", masked, *prompt, "--num_steps=9", "--block_size=4", "--num_tokens=16"],
