@@ -1,7 +1,7 @@
 # make quickstart   the whole story on a laptop, in minutes
 # make test         what CI runs: make check, then every test
 # make check        lint, format, types
-# make bench        measure the training step; prints ratios, so machines compare
+# make bench        measure the training step and the data path; prints ratios, so machines compare
 # make clean        remove what the targets above made, .venv included; quickstart/ and runs/ stay
 #
 # The first call makes .venv with PYTHON (3.10 to 3.12). On a CUDA machine: make REQUIREMENTS=gpu ...
@@ -31,6 +31,8 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python tools/benchmarks/step.py
 	$(BIN)/python tools/benchmarks/scored_slots.py
+	$(BIN)/python tools/benchmarks/preprocess.py
+	$(BIN)/python tools/benchmarks/loader.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

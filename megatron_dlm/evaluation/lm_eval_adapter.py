@@ -61,7 +61,8 @@ class MegatronDLM(LM):
         del max_batch_size  # lm-eval's search for a batch size, which we do not take part in
         opened = _open_device(device)
         loaded = load_model(path, device=opened.torch_device, dtype=precision, step=step)
-        size = _BATCH_SIZE if batch_size in (None, "auto") else int(batch_size or 0)
+        is_given = batch_size is not None and not str(batch_size).startswith("auto")
+        size = int(batch_size or 0) if is_given else _BATCH_SIZE
         draws = MaskDraws(num_samples, enumerate_masks, seed)  # type: ignore[arg-type]
         self._open(loaded, draws, size, max_new_tokens, (num_steps, block_size))
 

@@ -21,6 +21,7 @@ from megatron_dlm.config.architecture import ObjectiveConfig
 from megatron_dlm.data.loader import read_micro_batch
 from megatron_dlm.data.open_corpus import CorpusSettings, open_corpus
 from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.evaluation.likelihood import MaskDraws, Request, score
 from megatron_dlm.evaluation.shards import evaluate_shards
 from megatron_dlm.hf.load import load_model
 from megatron_dlm.objectives.build import build_objective
@@ -197,6 +198,75 @@ def test_an_unknown_objective_is_refused_by_name(runs: Runs, tiny_corpus: TinyCo
         evaluate_shards(model, str(tiny_corpus.valid))
 
 
+def test_answers_that_cannot_be_scored_are_refused(runs: Runs) -> None:
+    ar, masked = load_model(runs["ar"]), load_model(runs["masked"])
+    word = (10,) * 20
+    for model, request, message in (
+        (masked, Request((5,), ()), "an answer is empty"),
+        (ar, Request((), (5,)), "needs a prompt of at least one token"),
+        (masked, Request((5,) * 13, word), "33 tokens; .* takes 32"),
+        (ar, Request((5,) * 14, word), "34 tokens; .* takes 33"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score(model, [request])
+    assert score(masked, [Request((5,) * 12, word)])[0].log_prob < 0
+    assert score(ar, [Request((5,) * 13, word)])[0].log_prob < 0
+
+
+@pytest.mark.parametrize("name", ["ar", "masked"])
+def test_the_adapter_answers_as_the_likelihood_does(name: str, runs: Runs) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is the extra [eval]")
+    from lm_eval.api.instance import Instance
+
+    from megatron_dlm.evaluation.lm_eval_adapter import MegatronDLM
+
+    model, draws = load_model(runs[name]), MaskDraws(6, seed=2)
+    adapter = MegatronDLM.of(model, draws=draws, batch_size=5, max_new_tokens=8)
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    assert tokenizer.eod_id is not None
+
+    def ask(kind: Any, *pairs: Any) -> list[Any]:
+        requests = [Instance(kind, {}, pair, 0) for pair in pairs]
+        return getattr(adapter, kind)(requests)
+
+    long = "def insort_right(a, x, lo=0, hi=None, *, key=None):\n    return a " * 6
+    whole = tuple(tokenizer.encode("import heapq"))
+    length = len(tokenizer.encode("import"))
+    expected = score(
+        model,
+        [Request(whole[:length], whole[length:]), Request((tokenizer.eod_id,), whole)],
+        draws=draws,
+        with_greedy=True,
+    )
+    found = ask(
+        "loglikelihood", ("import ", "heapq"), ("", "import heapq"), (long, "x"), ("x", long)
+    )
+    for (log_prob, is_greedy), one in zip(found, expected, strict=False):
+        assert log_prob == pytest.approx(one.log_prob, rel=1e-5)
+        assert is_greedy == one.is_greedy
+    assert all(math.isfinite(log_prob) and log_prob < 0 for log_prob, _ in found)
+    rolling = ask("loglikelihood_rolling", ("import heapq",), (long,))
+    assert rolling[0] == pytest.approx(expected[1].log_prob, rel=1e-5)
+    assert rolling[1] < rolling[0]
+    texts = ask(
+        "generate_until",
+        ("import ", {"until": ["e"], "max_gen_toks": 6}),
+        (long, {"until": [], "max_gen_toks": 6}),
+        ("", {}),
+        ("import ", {"do_sample": True, "temperature": 0.7, "max_gen_toks": 6}),
+    )
+    assert "e" not in texts[0]
+    assert all(len(tokenizer.encode(text)) <= 10 for text in texts)
+    assert texts == ask(
+        "generate_until",
+        ("import ", {"until": "e", "max_gen_toks": 6}),
+        (long, {"max_gen_toks": 6}),
+        ("", {"max_gen_toks": 8}),
+        ("import ", {"do_sample": True, "temperature": 0.7, "max_gen_toks": 6}),
+    )
+
+
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment of a process that reads tasks: nothing from the network, no cache of the user."""
@@ -239,7 +309,7 @@ def test_the_example_shows_what_it_says(
 
 
 def test_lm_evals_own_command_line_gives_the_same(
-    runs: Runs, tmp_path: Path, offline: dict[str, str]
+    runs: Runs, tmp_path: Path, offline: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks = tmp_path / "tasks"
     subprocess.run([sys.executable, str(EXAMPLE / "make_tasks.py"), str(tasks)], check=True)
@@ -255,7 +325,8 @@ def test_lm_evals_own_command_line_gives_the_same(
     theirs = json.loads(path.read_text())
     assert theirs["config"]["objective"] == "masked"
     own = ["evaluate", "--model", str(runs["masked"]), *flags, "--num_samples=4", "--seed=3"]
-    os.environ.update(offline)
+    for name, value in offline.items():
+        monkeypatch.setenv(name, value)
     job = start([*own, "--output_dir", str(tmp_path / "ours")], tmp_path / "log")
     assert job.end().code == 0
     ours = json.loads((tmp_path / "ours" / "tasks.json").read_text())
