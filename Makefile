@@ -1,5 +1,6 @@
 # make quickstart   the whole story on a laptop, in minutes
 # make test         what CI runs: make check, then every test
+# make slow         the tests that take minutes each
 # make check        lint, format, types
 # make bench        measure the training step and the data path; prints ratios, so machines compare
 # make clean        remove what the targets above made, .venv included; quickstart/ and runs/ stay
@@ -15,13 +16,16 @@ READY := $(VENV)/.installed-$(REQUIREMENTS)
 # The tests start their own ranks; threads of each would only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test slow check bench clean
 
 quickstart: $(READY)
 	$(BIN)/megatron-dlm quickstart
 
 test: check
 	$(BIN)/python -m pytest
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 check: $(READY)
 	$(BIN)/ruff check .
