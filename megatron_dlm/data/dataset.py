@@ -119,7 +119,7 @@ def open_dataset(prefix: str | os.PathLike[str]) -> Dataset:
     entries, facts = read_list(prefix)
     for entry in entries:
         _check_sizes(path, entry)
-    _allow_open_files(2 * len(entries) + _OTHER_FILES)
+    _allow_open_files(2 * len(entries))
     return Dataset(prefix, entries, facts)
 
 
@@ -330,13 +330,19 @@ def _starts(sizes: Sequence[int]) -> np.ndarray:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise this process's soft limit; ValueError where the hard one is below `count`."""
+    """Make room for `count` more open files; ValueError where the hard limit is below that.
+
+    Every dataset adds its own: shards are opened later than all datasets are.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= count:
+    if soft == resource.RLIM_INFINITY:
         return
-    if hard not in (resource.RLIM_INFINITY,) and hard < count:
-        raise ValueError(
-            f"the shards need {count} open files, this process may open {hard}; raise `ulimit -Hn` "
-            "or join the shards with `megatron-dlm data merge --copy true`"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    wanted = soft + count
+    if hard != resource.RLIM_INFINITY:
+        if hard < count + _OTHER_FILES:
+            raise ValueError(
+                f"the shards need {count + _OTHER_FILES} open files, this process may open {hard}; "
+                "raise `ulimit -Hn` or join the shards with `megatron-dlm data merge --copy true`"
+            )
+        wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sources import PACKAGE, ROOT
 
-TARGETS = {"quickstart", "test", "check", "bench", "clean"}
+TARGETS = {"quickstart", "test", "slow", "check", "bench", "clean"}
 
 
 def test_makefile_has_exactly_the_targets_of_a_user() -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -188,25 +190,51 @@ def test_fingerprint_is_of_the_text(tmp_path: Path) -> None:
     assert len({open_dataset(prefix).fingerprint() for prefix in bare}) == 2
 
 
+def linked_shards(tmp_path: Path, count: int) -> list[str]:
+    """One shard under many names."""
+    part = write_shard(tmp_path / "part_0", random_documents(1))
+    parts = [part]
+    for place in range(1, count):
+        parts.append(str(tmp_path / f"part_{place}"))
+        for suffix in (".bin", ".idx", ".manifest.json"):
+            os.link(f"{part}{suffix}", f"{parts[-1]}{suffix}")
+    return parts
+
+
 @pytest.fixture
 def few_files() -> Iterator[None]:
+    """Room for 60 files more than are open now, whatever other tests have left open."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    num_open = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 60, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.usefixtures("few_files")
 def test_many_shards_fit_below_a_low_soft_limit(tmp_path: Path) -> None:
-    part = write_shard(tmp_path / "part_0", random_documents(1))
-    parts = [part]
-    for place in range(1, 200):
-        parts.append(str(tmp_path / f"part_{place}"))
-        for suffix in (".bin", ".idx", ".manifest.json"):
-            os.link(f"{part}{suffix}", f"{parts[-1]}{suffix}")
-    write_dataset(tmp_path / "text", parts)
-    dataset = open_dataset(tmp_path / "text")
-    assert sum(dataset.shard(place).num_documents for place in range(200)) == 200
+    """Those of all datasets that are open at once."""
+    parts = linked_shards(tmp_path, 400)
+    datasets = []
+    for name, shards in (("text", parts[:200]), ("code", parts[200:])):
+        write_dataset(tmp_path / name, shards)
+        datasets.append(open_dataset(tmp_path / name))
+    found = [data.shard(place).num_documents for data in datasets for place in range(200)]
+    assert found == [1] * 400
+
+
+def test_too_many_shards_for_the_hard_limit(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "text", linked_shards(tmp_path, 200))
+    program = (
+        "import resource, sys\n"
+        "from megatron_dlm.data.dataset import open_dataset\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))\n"
+        "open_dataset(sys.argv[1])\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "text")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    message = "the shards need 656 open files, this process may open 300; raise `ulimit -Hn`"
+    assert message in ended.stderr
 
 
 def side(tmp_path: Path, name: str, seed: int, **settings) -> Dataset:
