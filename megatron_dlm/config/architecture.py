@@ -1,4 +1,4 @@
-"""Sections that say what is trained and how it is split: model, objective, parallel.
+"""Sections that say what is built and how it is split: model, parallel.
 
 Attribute docstrings are the `--help` text. Each section checks its own fields; rules that span
 sections live in `config/validate.py`.
@@ -7,19 +7,11 @@ sections live in `config/validate.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Literal
 
 from megatron_dlm.config.checks import require, require_fraction, require_positive
 
 MegatronOption = bool | int | float | str | None
-
-
-class AttentionPattern(Enum):
-    """Which keys a query may see."""
-
-    CAUSAL = "causal"
-    BIDIRECTIONAL = "bidirectional"
 
 
 @dataclass(frozen=True)
@@ -162,85 +154,6 @@ WEIGHT_FIELDS = (
     "untie_embeddings_and_output_weights",
 )
 """The part of ModelConfig that says what the weights are; the rest is how they are used."""
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """What is learned. Fields of another kind must keep their defaults."""
-
-    kind: Literal["autoregressive", "masked"] = "masked"
-    """autoregressive: next-token prediction; masked: masked (absorbing) diffusion."""
-    input_masking_ratio: float = 0.0
-    """autoregressive: share of training inputs replaced by the mask; targets stay clean."""
-    schedule: Literal["linear", "cosine", "polynomial"] = "linear"
-    """masked: alpha(t), the share of tokens still clean at time t."""
-    schedule_exponent: float = 2.0
-    """masked: w of the polynomial schedule alpha(t) = 1 - t^w."""
-    weighting: Literal["elbo", "count", "unweighted", "maskgit"] = "elbo"
-    """masked: trained weight. elbo and count are the bound, unweighted and maskgit are not."""
-    time_sampling: Literal["stratified", "iid"] = "stratified"
-    """masked: noise times spread evenly over the global batch, or independent per sample."""
-    time_floor: float = 1e-3
-    """masked: smallest noise time t; keeps the weight 1/t finite."""
-    variable_length_probability: float = 0.0
-    """masked: share of training steps whose samples are cropped to one random length."""
-    variable_length_multiple: int = 16
-    """masked: cropped lengths are multiples of this, whatever the layout (SP and FP8 need one)."""
-    mask_token_id: int | None = None
-    """Id of the mask token; default: read from the tokenizer."""
-
-    def __post_init__(self) -> None:
-        require_fraction(
-            "objective",
-            {
-                "input_masking_ratio": self.input_masking_ratio,
-                "variable_length_probability": self.variable_length_probability,
-            },
-        )
-        require(
-            self.input_masking_ratio <= 0.9,
-            f"objective.input_masking_ratio is {self.input_masking_ratio}; it must be at most 0.9",
-        )
-        require(
-            0 < self.time_floor < 1,
-            f"objective.time_floor is {self.time_floor}; it must lie in (0, 1)",
-        )
-        require(
-            self.schedule_exponent > 0,
-            f"objective.schedule_exponent is {self.schedule_exponent}; it must be greater than 0",
-        )
-        require_positive("objective", {"variable_length_multiple": self.variable_length_multiple})
-        require(
-            self.weighting != "count" or self.schedule == "linear",
-            f"objective.weighting count draws the number of masks uniformly, which is the linear "
-            f"schedule; objective.schedule is {self.schedule}",
-        )
-        self._refuse_foreign_fields()
-
-    def _refuse_foreign_fields(self) -> None:
-        masked_only = (
-            "schedule",
-            "schedule_exponent",
-            "weighting",
-            "time_sampling",
-            "time_floor",
-            "variable_length_probability",
-            "variable_length_multiple",
-        )
-        foreign = {"autoregressive": masked_only, "masked": ("input_masking_ratio",)}[self.kind]
-        for name in foreign:
-            default = self.__dataclass_fields__[name].default
-            require(
-                getattr(self, name) == default,
-                f"objective.{name} has no meaning for objective.kind {self.kind}; remove it",
-            )
-
-    @property
-    def attention(self) -> AttentionPattern:
-        """The attention pattern this objective needs."""
-        if self.kind == "autoregressive":
-            return AttentionPattern.CAUSAL
-        return AttentionPattern.BIDIRECTIONAL
 
 
 @dataclass(frozen=True)

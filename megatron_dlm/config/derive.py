@@ -13,16 +13,18 @@ from megatron_dlm.config.tokenizer_metadata import read_tokenizer_metadata
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Fill `model.vocab_size` and `objective.mask_token_id` from the tokenizer where not given.
+    """Fill the vocabulary size and the ids of mask and pad from the tokenizer where not given.
 
     Resolving twice changes nothing, so the YAML of a run directory can be loaded again.
     """
     vocab_size = config.model.vocab_size
-    mask_token_id = config.objective.mask_token_id
+    mask_token_id, pad_token_id = config.objective.mask_token_id, config.objective.pad_token_id
     if config.data.tokenizer is not None:
         metadata = read_tokenizer_metadata(config.data.tokenizer)
         vocab_size = metadata.vocab_size if vocab_size is None else vocab_size
         mask_token_id = metadata.mask_id if mask_token_id is None else mask_token_id
+        if config.objective.empty_token_share > 0 and pad_token_id is None:
+            pad_token_id = metadata.pad_id
     require(
         vocab_size is not None,
         "the vocabulary size is unknown; give data.tokenizer (a directory made by "
@@ -31,7 +33,7 @@ def resolve(config: RunConfig) -> RunConfig:
     return replace(
         config,
         model=replace(config.model, vocab_size=vocab_size),
-        objective=replace(config.objective, mask_token_id=mask_token_id),
+        objective=replace(config.objective, mask_token_id=mask_token_id, pad_token_id=pad_token_id),
     )
 
 

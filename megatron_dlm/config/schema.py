@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig, ParallelConfig
-from megatron_dlm.config.checks import require, require_fraction, require_positive
+from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.checks import require, require_positive
+from megatron_dlm.config.objective import ObjectiveConfig
+from megatron_dlm.config.optimizer import OptimizerConfig, ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -55,57 +57,6 @@ class DataConfig:
     def resets_attention(self) -> bool:
         """Attention and positions stay inside a document."""
         return self.packing != "concat" or bool(self.reset_attention_mask)
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW, sharded over the data-parallel ranks."""
-
-    lr: float = 2e-4
-    """Peak learning rate."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay; norms and biases are exempt."""
-    adam_beta1: float = 0.9
-    """Decay of the first moment."""
-    adam_beta2: float = 0.95
-    """Decay of the second moment."""
-    adam_eps: float = 1e-8
-    """Epsilon of Adam."""
-    clip_grad: float = 1.0
-    """Clip the global gradient norm to this; 0 turns clipping off."""
-
-    def __post_init__(self) -> None:
-        require_positive("optimizer", {"lr": self.lr, "adam_eps": self.adam_eps})
-        betas = {"adam_beta1": self.adam_beta1, "adam_beta2": self.adam_beta2}
-        require_fraction("optimizer", betas, below_one=True)
-        require(
-            self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; must be >= 0"
-        )
-        require(self.clip_grad >= 0, f"optimizer.clip_grad is {self.clip_grad}; must be >= 0")
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Learning rate against the step."""
-
-    kind: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
-    """Shape after the warmup; wsd is warmup, stable, decay."""
-    warmup_steps: int = 0
-    """Steps of linear warmup from 0."""
-    min_lr_ratio: float = 0.1
-    """Final learning rate as a share of the peak."""
-    decay_fraction: float = 0.1
-    """wsd: share of all steps spent in the decay."""
-    decay_kind: Literal["exponential", "linear", "one_minus_sqrt", "cosine"] = "exponential"
-    """wsd: shape of the decay."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.warmup_steps >= 0, f"schedule.warmup_steps is {self.warmup_steps}; it must be >= 0"
-        )
-        require_fraction(
-            "schedule", {"min_lr_ratio": self.min_lr_ratio, "decay_fraction": self.decay_fraction}
-        )
 
 
 @dataclass(frozen=True)

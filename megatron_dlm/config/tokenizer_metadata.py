@@ -10,6 +10,8 @@ from typing import Any
 METADATA_FILE = "metadata.json"
 # Kind of tokenizer -> the file that holds its model.
 MODEL_FILES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
+# A directory with any of them holds a tokenizer.
+TOKENIZER_FILES = (METADATA_FILE, *MODEL_FILES.values())
 
 _ROLES = ("pad_id", "bos_id", "eod_id", "mask_id")
 
@@ -38,6 +40,11 @@ class TokenizerMetadata:
     def write(self, directory: Path) -> None:
         content = json.dumps(asdict(self), indent=1) + "\n"
         (directory / METADATA_FILE).write_text(content, encoding="utf-8")
+
+
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether a tokenizer lies there, with or without our card beside it."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
 def read_tokenizer_metadata(directory: str) -> TokenizerMetadata:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_dlm.config.checks import require
 from megatron_dlm.config.derive import num_micro_batches, resolve, total_steps, world_size_of
+from megatron_dlm.config.objective import AttentionPattern
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.config.tokenizer_metadata import read_tokenizer_metadata
 
@@ -19,6 +20,7 @@ def check(config: RunConfig, world_size: int) -> None:
     """Refuse what cannot train: a resolved configuration on `world_size` ranks."""
     check_layout(config, world_size)
     check_tokens(config)
+    _check_attention(config)
     _check_length(config)
     require(
         bool(config.data.train),
@@ -92,17 +94,42 @@ def check_tokens(config: RunConfig) -> None:
     objective, vocab_size = config.objective, config.model.vocab_size
     assert vocab_size is not None, "resolve() fills vocab_size"
     mask_id = objective.mask_token_id
-    needs_mask = objective.kind == "masked" or objective.input_masking_ratio > 0
     require(
-        mask_id is not None or not needs_mask,
+        mask_id is not None or not objective.needs_mask,
         f"objective.kind {objective.kind} needs a mask token; {_mask_remedy(config)}",
     )
     require(
         mask_id is None or 0 <= mask_id < vocab_size,
         f"objective.mask_token_id {mask_id} is outside the vocabulary of {vocab_size} tokens",
     )
+    pad_id = objective.pad_token_id
+    require(
+        pad_id is not None or objective.empty_token_share == 0,
+        "objective.empty_token_share needs a pad token; give objective.pad_token_id or a "
+        "data.tokenizer that has one",
+    )
+    require(
+        pad_id is None or 0 <= pad_id < vocab_size,
+        f"objective.pad_token_id {pad_id} is outside the vocabulary of {vocab_size} tokens",
+    )
     if config.data.tokenizer is not None:
         _check_against_tokenizer(config.data.tokenizer, vocab_size, mask_id)
+
+
+def _check_attention(config: RunConfig) -> None:
+    objective, data = config.objective, config.data
+    is_special = objective.attention in (AttentionPattern.ARBITRARY, AttentionPattern.BLOCK)
+    require(
+        not (is_special and data.resets_attention),
+        f"attention inside documents (data.packing {data.packing}, data.reset_attention_mask) "
+        f"cannot be joined with the attention of this objective (kind {objective.kind}: blocks, "
+        "prompts, infilling or annealing); use data.packing concat without it",
+    )
+    require(
+        objective.kind != "block" or objective.block_size <= config.model.seq_length,
+        f"objective.block_size {objective.block_size} is larger than model.seq_length "
+        f"{config.model.seq_length}",
+    )
 
 
 def _mask_remedy(config: RunConfig) -> str:

@@ -15,10 +15,10 @@ from rich.table import Table
 from megatron_dlm.config.evaluation_commands import EvaluateConfig
 from megatron_dlm.evaluation.likelihood import check_objective
 from megatron_dlm.evaluation.plots import plot_noise_levels
-from megatron_dlm.evaluation.report import with_error, write_json
+from megatron_dlm.evaluation.report import announce, model_facts, with_error, write_json
 from megatron_dlm.evaluation.shards import ShardScore, evaluate_shards
 from megatron_dlm.hf.load import LoadedModel, load_model
-from megatron_dlm.runtime.device import open_device
+from megatron_dlm.runtime.device import choose_device
 
 _DATA_SAMPLES = 4
 
@@ -27,7 +27,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """Print what was asked for, and write it to output_dir if there is one."""
     if config.tasks and find_spec("lm_eval") is None:
         raise ValueError("tasks need lm-eval; install megatron-dlm with its extra [eval]")
-    device = open_device(config.device).torch_device
+    device = choose_device(config.device)
     dtype = None if config.precision == "checkpoint" else config.precision
     model = load_model(config.model, device=device, dtype=dtype, step=config.step)
     check_objective(model)
@@ -55,18 +55,13 @@ def _evaluate_data(config: EvaluateConfig, model: LoadedModel, console: Console)
     if config.output_dir is None:
         return
     directory = Path(config.output_dir)
-    report = {
-        "model": model.source,
-        "objective": model.objective_kind,
-        "step": model.facts.get("step"),
-        "data": [asdict(score) for score in scores],
-    }
+    report = {**model_facts(model), "data": [asdict(score) for score in scores]}
     write_json(directory / "data.json", report)
     if draws_figure:
         labels = [f"{score.prefix}: {score.nats_per_token:.3f}" for score in scores]
         curves = {label: score.levels for label, score in zip(labels, scores, strict=True)}
         plot_noise_levels(curves, directory / "noise_levels.png", title=model.source)
-    console.print(f"written to {directory}", markup=False, soft_wrap=True)
+    announce(console, directory)
 
 
 def _score(config: EvaluateConfig, model: LoadedModel, prefix: str, console: Console) -> ShardScore:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
@@ -26,7 +27,7 @@ from megatron_dlm.generation.masked_samplers import MaskedDecoding
 from megatron_dlm.generation.samplers import TokenChoice
 from megatron_dlm.generation.texts import Sampling, generate_texts
 from megatron_dlm.hf.load import LoadedModel, load_model
-from megatron_dlm.runtime.device import Device, open_device
+from megatron_dlm.runtime.device import choose_device
 
 _BATCH_SIZE = 16
 _LOGGER = logging.getLogger(__name__)
@@ -59,8 +60,7 @@ class MegatronDLM(LM):
         and seed: see `MaskDraws`. num_steps, block_size: of generating masked models, which reveal
         the surest token of every step; by default one per step, all in one block."""
         del max_batch_size  # lm-eval's search for a batch size, which we do not take part in
-        opened = _open_device(device)
-        loaded = load_model(path, device=opened.torch_device, dtype=precision, step=step)
+        loaded = load_model(path, device=_choose_device(device), dtype=precision, step=step)
         is_given = batch_size is not None and not str(batch_size).startswith("auto")
         size = int(batch_size or 0) if is_given else _BATCH_SIZE
         draws = MaskDraws(num_samples, enumerate_masks, seed)  # type: ignore[arg-type]
@@ -190,10 +190,10 @@ class MegatronDLM(LM):
         ]
 
 
-def _open_device(asked: str | None) -> Device:
+def _choose_device(asked: str | None) -> torch.device:
     """lm-eval asks for cuda where its user asked for nothing, so cuda is only a wish."""
-    device = open_device("cpu" if asked == "cpu" else "auto")
-    if asked is not None and not asked.startswith(device.torch_device.type):
+    device = choose_device("cpu" if asked == "cpu" else "auto")
+    if asked is not None and not asked.startswith(device.type):
         _LOGGER.warning("device is %s, but torch sees no GPU: running on the CPU", asked)
     return device
 

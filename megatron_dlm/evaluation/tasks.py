@@ -18,7 +18,7 @@ from rich.table import Table
 from megatron_dlm.config.evaluation_commands import EvaluateConfig
 from megatron_dlm.evaluation.likelihood import MaskDraws
 from megatron_dlm.evaluation.lm_eval_adapter import MegatronDLM
-from megatron_dlm.evaluation.report import with_error, write_json
+from megatron_dlm.evaluation.report import announce, model_facts, with_error, write_json
 from megatron_dlm.hf.load import LoadedModel
 from megatron_dlm.runtime.files import write_whole
 
@@ -68,9 +68,7 @@ def evaluate_tasks(config: EvaluateConfig, model: LoadedModel, console: Console)
         return
     directory = Path(config.output_dir)
     report = {
-        "model": model.source,
-        "objective": model.objective_kind,
-        "step": model.facts.get("step"),
+        **model_facts(model),
         "results": found["results"],
         "delta_nll": {name: asdict(delta) for name, delta in deltas.items()},
         "lm_eval": {name: value for name, value in found.items() if name != "results"},
@@ -79,7 +77,7 @@ def evaluate_tasks(config: EvaluateConfig, model: LoadedModel, console: Console)
     for name, rows in samples.items():
         lines = [json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in rows]
         write_whole(directory / f"samples_{name.replace('/', '_')}.jsonl", "".join(lines))
-    console.print(f"written to {directory}", markup=False, soft_wrap=True)
+    announce(console, directory)
 
 
 def check_names(names: Sequence[str], manager: TaskManager) -> None:

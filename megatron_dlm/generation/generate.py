@@ -19,7 +19,7 @@ from megatron_dlm.generation.prompts import read_prompts
 from megatron_dlm.generation.samplers import TokenChoice
 from megatron_dlm.generation.texts import Sampling, Text, generate_texts
 from megatron_dlm.hf.load import LoadedModel, load_model
-from megatron_dlm.runtime.device import open_device
+from megatron_dlm.runtime.device import choose_device
 
 
 def generate(config: GenerateConfig) -> None:
@@ -109,8 +109,8 @@ def _texts(
     prompts: Sequence[str],
     console: Console,
 ) -> Iterator[Text]:
-    device = open_device(config.device).torch_device
     dtype = None if config.precision == "checkpoint" else config.precision
+    device = choose_device(config.device)
     model = load_model(path, device=device, dtype=dtype, step=config.step)
     if not config.compare:
         _refuse_options_of_others(config, model)

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from megatron_dlm.checkpoint.retention import Checkpoint, whole_checkpoints
 from megatron_dlm.checkpoint.safe_loading import safe_loading
-from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig
+from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.hf.mapping import ExportedTensor, checkpoint_tensors
 
 

@@ -19,11 +19,13 @@ from torch import Tensor
 
 import megatron_dlm
 from megatron_dlm.checkpoint.retention import Checkpoint
-from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.hf_commands import ExportConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint, model_of
 from megatron_dlm.hf.configuration import Layout, SpecialIds, choose_layout, write_config
+from megatron_dlm.hf.dtypes import DTYPES
 from megatron_dlm.hf.load import special_ids
 from megatron_dlm.hf.mapping import ExportedTensor, exported_tensors
 from megatron_dlm.hf.model_card import model_card
@@ -35,7 +37,6 @@ from megatron_dlm.hf.tokenizer_files import TokenizerParity, write_tokenizer
 
 PARITY_FILE = "parity.json"
 _UNFINISHED = ".unfinished"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BLOCK_BYTES = 64 << 20
 _CODE = ("hf/remote_code/configuration_megatron_dlm.py", "hf/remote_code/modeling_megatron_dlm.py")
 _SAMPLERS = ("generation/samplers.py", "generation/masked_samplers.py")
@@ -98,7 +99,7 @@ def _open(config: ExportConfig) -> _Subject:
     reader = CheckpointReader(checkpoint.path)
     reader.check(model)
     stored = reader.stored("embedding.word_embeddings.weight").dtype
-    dtype = stored if config.dtype == "checkpoint" else _DTYPES[config.dtype]
+    dtype = stored if config.dtype == "checkpoint" else DTYPES[config.dtype]
     return _Subject(checkpoint, reader, model, objective, layout, dtype)
 
 

@@ -17,13 +17,15 @@ from rich.progress import Progress
 from torch import Tensor
 
 from megatron_dlm.checkpoint.retention import whole_checkpoints
-from megatron_dlm.config.architecture import WEIGHT_FIELDS, ModelConfig, ObjectiveConfig
+from megatron_dlm.config.architecture import WEIGHT_FIELDS, ModelConfig
 from megatron_dlm.config.hf_commands import ImportConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import RunConfig
+from megatron_dlm.config.tokenizer_metadata import TOKENIZER_FILES, holds_tokenizer
 from megatron_dlm.data.tokenizer_source import TokenizerSource, read_source
 from megatron_dlm.hf.checkpoint_writer import write_checkpoint
 from megatron_dlm.hf.configuration import Described, read_config
-from megatron_dlm.hf.load import TOKENIZER_FILES
+from megatron_dlm.hf.dtypes import DTYPES
 from megatron_dlm.hf.mapping import (
     EMBEDDING,
     OUTPUT,
@@ -36,7 +38,6 @@ from megatron_dlm.hf.safetensors_reader import CONFIG_FILE, SafetensorsDirectory
 from megatron_dlm.models.accounting import count_parameters
 
 SETTINGS_FILE = "imported.yaml"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BLOCK_ROWS = 8192
 # What the weights say of the model section; all of it is written, defaults too.
 _IMPLIED = (*WEIGHT_FIELDS, "seq_length", "megatron")
@@ -92,7 +93,7 @@ def _open(config: ImportConfig) -> _Subject:
         seq_length=config.seq_length or described.model.seq_length,
         make_vocab_size_divisible_by=config.make_vocab_size_divisible_by,
     )
-    dtype = weights.dtype(EMBEDDING) if config.dtype == "same" else _DTYPES[config.dtype]
+    dtype = weights.dtype(EMBEDDING) if config.dtype == "same" else DTYPES[config.dtype]
     return _Subject(path, described, weights, model, mask, source, dtype)
 
 
@@ -115,8 +116,7 @@ def _tokenizer_source(config: ImportConfig, path: Path) -> TokenizerSource | Non
         return None
     if config.tokenizer is not None:
         return read_source(Path(config.tokenizer))
-    has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
-    if not has_tokenizer:
+    if not holds_tokenizer(path):
         raise ValueError(
             f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); name one with --tokenizer, "
             "or --tokenizer none to go without"

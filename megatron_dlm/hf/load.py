@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.config.architecture import ModelConfig
-from megatron_dlm.config.tokenizer_metadata import METADATA_FILE
+from megatron_dlm.config.tokenizer_metadata import holds_tokenizer
 from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint, model_of
 from megatron_dlm.hf.configuration import (
@@ -24,12 +24,10 @@ from megatron_dlm.hf.configuration import (
     read_config,
     write_config,
 )
+from megatron_dlm.hf.dtypes import DTYPES
 from megatron_dlm.hf.extra import library
 from megatron_dlm.hf.mapping import OUTPUT, ExportedTensor, exported_tensors
 from megatron_dlm.hf.safetensors_reader import CONFIG_FILE, SafetensorsDirectory, read_config_file
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOKENIZER_FILES = (METADATA_FILE, "tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,8 @@ def load_model(
     directory or where the run was trained with it. Raises ValueError naming the file for what
     cannot be read.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype}; use {', '.join(_DTYPES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; use {', '.join(DTYPES)}")
     path = Path(path)
     is_hugging_face = (path / CONFIG_FILE).is_file()
     if is_hugging_face and step is not None:
@@ -91,7 +89,7 @@ def load_model(
     else:
         origin = _checkpoint(path, step, tokenizer)
     model = build_inference_model(origin.model, origin.kind, origin.ids)
-    wanted = None if dtype is None else _DTYPES[dtype]
+    wanted = None if dtype is None else DTYPES[dtype]
     state = {
         tensor.name: origin.read(tensor).to(device=device, dtype=wanted)
         for tensor in exported_tensors(origin.model)
@@ -163,8 +161,7 @@ def _hugging_face(path: Path, tokenizer_path: str | Path | None) -> _Origin:
     described = read_config(config, path / CONFIG_FILE)
     weights = SafetensorsDirectory(path)
     weights.check(exported_tensors(described.model), may_hold=[OUTPUT])
-    has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
-    where = tokenizer_path or (path if has_tokenizer else None)
+    where = tokenizer_path or (path if holds_tokenizer(path) else None)
     tokenizer = None if where is None else load_tokenizer(where)
     return _Origin(
         described.model,

@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_dlm import __version__
 from megatron_dlm.checkpoint.retention import Checkpoint
-from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig
+from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.hf.configuration import Layout
 from megatron_dlm.hf.parity import Parity
 

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.hf.checkpoint_reader import CheckpointReader
 from megatron_dlm.hf.configuration import Described, read_config
 from megatron_dlm.hf.extra import library
@@ -207,7 +208,7 @@ def _megatron_side(
         (chunk,) = build_model(
             small,
             ParallelConfig(),
-            objective.attention,
+            objective,
             precision="fp32",
             seed=0,
             device=device,

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig
+from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.data.tokenizer import Tokenizer
 
 SAMPLE_TEXT = '''\

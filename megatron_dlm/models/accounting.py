@@ -9,12 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from megatron_dlm.config.architecture import (
-    AttentionPattern,
-    ModelConfig,
-    ObjectiveConfig,
-    ParallelConfig,
-)
+from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
 
 
 @dataclass(frozen=True)

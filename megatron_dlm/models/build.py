@@ -7,7 +7,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dlm.config.architecture import AttentionPattern, ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.models.layer_specs import block_spec
 from megatron_dlm.models.packed import PackedDocuments
 from megatron_dlm.models.parametrization import initialize_weights
@@ -31,16 +32,20 @@ class LanguageModel(GPTModel):
         self,
         tokens: Tensor | None,
         position_ids: Tensor | None,
+        *,
         scored: Tensor | None = None,
         packed: PackedDocuments | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """One pass of this chunk.
 
         tokens, position_ids: int64 [b, s] (None behind the first stage). scored: bool [b, s], read
         by the last stage only; None scores every slot. packed: the documents of the micro-batch,
         given to every stage; attention stays inside each of them, and the rows run as one sequence
-        [1, b * s]. Returns logits [n, V/tp] of the n scored slots in row-major [b, s] order, or
-        hidden states [s, b, h] ([b * s, 1, h] when packed) before the last stage.
+        [1, b * s]. attention_mask: bool [b or 1, 1, s, s], True hides a key; given to every stage
+        of a model whose attention is ARBITRARY. Returns logits [n, V/tp] of the n scored slots in
+        row-major [b, s] order, or hidden states [s, b, h] ([b * s, 1, h] when packed) before the
+        last stage.
         """
         if packed is not None:
             tokens, position_ids, scored = map(_one_row, (tokens, position_ids, scored))
@@ -49,7 +54,7 @@ class LanguageModel(GPTModel):
         )[:2]
         hidden = self.decoder(
             hidden_states=decoder_input,
-            attention_mask=None,
+            attention_mask=attention_mask,
             rotary_pos_emb=rotary,
             packed_seq_params=packed,
         )
@@ -73,7 +78,7 @@ def _one_row(values: Tensor | None) -> Tensor | None:
 def build_model(
     model: ModelConfig,
     parallel_config: ParallelConfig,
-    attention: AttentionPattern,
+    objective: ObjectiveConfig,
     *,
     precision: str,
     seed: int,
@@ -87,7 +92,7 @@ def build_model(
     config = transformer_config(model, parallel_config, precision=precision, device=device)
     chunks = []
     for number in range(parallel.num_chunks):
-        chunk = _build_chunk(model, config, attention, number=number, parallel=parallel)
+        chunk = _build_chunk(model, config, objective, number=number, parallel=parallel)
         chunk.to(device=device.torch_device, dtype=config.params_dtype)
         sharded = chunk.sharded_state_dict(metadata=sharding_metadata(parallel))
         initialize_weights(sharded, model, seed)
@@ -108,7 +113,7 @@ def sharding_metadata(parallel: ParallelContext) -> dict[str, object]:
 def _build_chunk(
     model: ModelConfig,
     config: TransformerConfig,
-    attention: AttentionPattern,
+    objective: ObjectiveConfig,
     *,
     number: int,
     parallel: ParallelContext,
@@ -116,7 +121,7 @@ def _build_chunk(
     virtual_stage = number if parallel.virtual_pipeline_size else None
     return LanguageModel(
         config=config,
-        transformer_layer_spec=block_spec(config, attention, virtual_stage=virtual_stage),
+        transformer_layer_spec=block_spec(config, objective, virtual_stage=virtual_stage),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.seq_length,
         pre_process=parallel.holds_first_stage(number),

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dlm.config.architecture import AttentionPattern
+from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
 from megatron_dlm.models.attention import ScaledDotProductAttention
 from megatron_dlm.models.norms import RMSNorm
 
@@ -25,7 +25,7 @@ _MASK_TYPES = {
 
 
 def block_spec(
-    config: TransformerConfig, attention: AttentionPattern, *, virtual_stage: int | None
+    config: TransformerConfig, objective: ObjectiveConfig, *, virtual_stage: int | None
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk and its final norm."""
     if config.transformer_impl == "transformer_engine":
@@ -37,7 +37,7 @@ def block_spec(
         )
     else:
         layer, norm = _local_layer(config), RMSNorm
-    layer.submodules.self_attention.params["attn_mask_type"] = _MASK_TYPES[attention]
+    layer.submodules.self_attention.params["attn_mask_type"] = _MASK_TYPES[objective.attention]
     num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dlm.config.architecture import AttentionPattern
+from megatron_dlm.config.objective import AttentionPattern
 from megatron_dlm.objectives.base import (
-    LossTerms,
+    LossSums,
+    loss_and_bound_counts,
     positions,
-    scored_nll,
     slots_like,
-    weighted_terms,
+    target_nll,
+    weighted_sums,
 )
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import Purpose, Stream, uniform
@@ -68,7 +69,14 @@ class AutoregressiveObjective:
             noise_level=torch.zeros_like(weights),
         )
 
-    def loss(self, logits: Tensor, inputs: ModelInputs, tp_group: ProcessGroup | None) -> LossTerms:
+    def attention_mask(self, batch: TokenBatch, seed: int, stream: Stream) -> None:
+        return None
+
+    def loss_sums(
+        self, logits: Tensor, rows: ModelInputs, tp_group: ProcessGroup | None
+    ) -> LossSums:
         """Sum of -log p(target) over the valid slots; "nelbo" is the same number, the exact NLL."""
-        slots, nll = scored_nll(logits, inputs, self.vocab_size, tp_group)
-        return weighted_terms(nll, slots, inputs)
+        return weighted_sums(target_nll(logits, rows, self.vocab_size, tp_group), rows)
+
+    def counts(self, inputs: ModelInputs) -> dict[str, Tensor]:
+        return loss_and_bound_counts(inputs)

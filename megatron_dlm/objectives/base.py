@@ -1,7 +1,7 @@
 """The contract between an objective and the rest of the trainer.
 
 An objective is a pure function of a batch in two halves: `prepare` runs on the first and on the
-last pipeline stage and gives both the same answer, `loss` runs on the last.
+last pipeline stage and gives both the same answer, `loss_sums` runs on the last.
 """
 
 from __future__ import annotations
@@ -13,10 +13,20 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dlm.config.architecture import AttentionPattern
+from megatron_dlm.config.objective import AttentionPattern
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch, document_starts
 from megatron_dlm.ops.counter_rng import Stream
 from megatron_dlm.ops.vocab_parallel import log_prob
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over some scored slots; those of two halves add up to those of the whole."""
+
+    loss_sum: Tensor
+    """fp32 [], weighted nats; the only field with a gradient."""
+    metrics: dict[str, Tensor]
+    """Name -> fp32 [], detached; the keys are the objective's metric_names."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class Objective(Protocol):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """Keys of LossTerms.metrics, known without a batch; "loss" and "nelbo" always."""
+        """Keys of the metrics, known without a batch; "loss" and "nelbo" always."""
 
     def model_length(self, seq_length: int) -> int:
         """Slots the model sees for samples of seq_length tokens."""
@@ -51,8 +61,38 @@ class Objective(Protocol):
     def prepare(self, batch: TokenBatch, seed: int, stream: Stream) -> ModelInputs:
         """Corrupt a batch: a pure function, the same on every rank and for every slice."""
 
-    def loss(self, logits: Tensor, inputs: ModelInputs, tp_group: ProcessGroup | None) -> LossTerms:
-        """logits [n, V/tp]: the slots of inputs.scored, in row-major order. See `log_prob`."""
+    def attention_mask(self, batch: TokenBatch, seed: int, stream: Stream) -> Tensor | None:
+        """bool [b or 1, 1, s, s], True hides the key (last axis) from the query: Megatron's sense.
+
+        None where nothing is hidden beyond the pattern; only ARBITRARY ones return a mask. Pure,
+        and computed on every pipeline stage.
+        """
+
+    def loss_sums(
+        self, logits: Tensor, rows: ModelInputs, tp_group: ProcessGroup | None
+    ) -> LossSums:
+        """logits [n, V/tp] of any n scored slots, and their inputs, fields [n]. See `log_prob`."""
+
+    def counts(self, inputs: ModelInputs) -> dict[str, Tensor]:
+        """Denominators of the metrics, [] each; a metric with count 0 is left out of reports."""
+
+
+def micro_batch_loss(
+    objective: Objective, logits: Tensor, inputs: ModelInputs, tp_group: ProcessGroup | None
+) -> LossTerms:
+    """The whole loss from logits [n, V/tp]: the slots of inputs.scored, in row-major order."""
+    rows = inputs.at(slots_of(inputs.scored, logits.shape[0]))
+    return loss_terms(objective, objective.loss_sums(logits, rows, tp_group), inputs)
+
+
+def loss_terms(objective: Objective, sums: LossSums, inputs: ModelInputs) -> LossTerms:
+    """The sums over all scored slots of `inputs`, with what they are divided by."""
+    counts = objective.counts(inputs)
+    return LossTerms(
+        loss_sum=sums.loss_sum,
+        token_count=inputs.counted.sum(dtype=torch.int32),
+        metrics={name: (value, counts[name]) for name, value in sums.metrics.items()},
+    )
 
 
 def slots_of(scored: Tensor, num_slots: int) -> Tensor:
@@ -70,25 +110,26 @@ def slots_of(scored: Tensor, num_slots: int) -> Tensor:
     return slots[:num_slots]
 
 
-def scored_nll(
-    logits: Tensor, inputs: ModelInputs, vocab_size: int, tp_group: ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Flat indices int64 [n] of the scored slots, and -log p(target) in nats, fp32 [n]."""
-    slots = slots_of(inputs.scored, logits.shape[0])
-    targets = inputs.targets.reshape(-1)[slots]
-    return slots, -log_prob(logits, targets, vocab_size=vocab_size, tp_group=tp_group)
+def target_nll(
+    logits: Tensor, rows: ModelInputs, vocab_size: int, tp_group: ProcessGroup | None
+) -> Tensor:
+    """-log p(target) in nats, fp32 [n], of the rows of logits [n, V/tp]."""
+    return -log_prob(logits, rows.targets, vocab_size=vocab_size, tp_group=tp_group)
 
 
-def weighted_terms(nll: Tensor, slots: Tensor, inputs: ModelInputs) -> LossTerms:
-    """Sums of nll (nats, fp32 [n]) under the trained and the true weights of its slots [n]."""
-    loss_sum = (nll * inputs.weights.reshape(-1)[slots]).sum()
-    bound_sum = (nll.detach() * inputs.elbo_weights.reshape(-1)[slots]).sum()
-    token_count = inputs.counted.sum(dtype=torch.int32)
-    metrics = {
-        "loss": (loss_sum.detach(), token_count.to(torch.float32)),
-        "nelbo": (bound_sum, inputs.valid.sum(dtype=torch.float32)),
+def weighted_sums(nats: Tensor, rows: ModelInputs) -> LossSums:
+    """Sums of nats (fp32 [n]) under the trained and under the true weights of its slots."""
+    loss_sum = (nats * rows.weights).sum()
+    bound_sum = (nats.detach() * rows.elbo_weights).sum()
+    return LossSums(loss_sum, {"loss": loss_sum.detach(), "nelbo": bound_sum})
+
+
+def loss_and_bound_counts(inputs: ModelInputs) -> dict[str, Tensor]:
+    """Counted slots for the trained loss, valid ones for the true bound; fp32 [] each."""
+    return {
+        "loss": inputs.counted.sum(dtype=torch.float32),
+        "nelbo": inputs.valid.sum(dtype=torch.float32),
     }
-    return LossTerms(loss_sum=loss_sum, token_count=token_count, metrics=metrics)
 
 
 def slots_like(tokens: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_dlm.config.architecture import ObjectiveConfig
+from typing import cast
+
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.objectives.autoregressive import AutoregressiveObjective
 from megatron_dlm.objectives.base import Objective
-from megatron_dlm.objectives.masked import MaskedObjective
+from megatron_dlm.objectives.masked import MaskedObjective, Weighting
 from megatron_dlm.objectives.schedules import build_schedule
 
 
@@ -28,12 +30,14 @@ def build_objective(
         if ratio > 0:
             mask = _checked_mask_id(mask_token_id, vocab_size, "objective.input_masking_ratio > 0")
         return AutoregressiveObjective(vocab_size, ratio, mask)
+    if config.kind != "masked":
+        raise ValueError(f"objective.kind {config.kind} is not available yet")
     return MaskedObjective(
         vocab_size=vocab_size,
         mask_token_id=_checked_mask_id(mask_token_id, vocab_size, f"objective.kind {config.kind}"),
         schedule=build_schedule(config.schedule, config.schedule_exponent),
         batch_size=batch_size,
-        weighting=config.weighting,
+        weighting=cast("Weighting", config.weighting),  # checked by ObjectiveConfig
         time_sampling=config.time_sampling if training else "stratified",
         time_floor=config.time_floor,
         variable_length_probability=config.variable_length_probability if training else 0.0,

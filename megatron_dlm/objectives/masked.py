@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dlm.config.architecture import AttentionPattern
+from megatron_dlm.config.objective import AttentionPattern
 from megatron_dlm.objectives.base import (
-    LossTerms,
+    LossSums,
+    loss_and_bound_counts,
     positions,
-    scored_nll,
     slots_like,
-    weighted_terms,
+    target_nll,
+    weighted_sums,
 )
 from megatron_dlm.objectives.schedules import Schedule
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
@@ -111,14 +112,23 @@ class MaskedObjective:
             noise_level=corruption.noise_level.to(torch.float32).expand(targets.shape),
         )
 
-    def loss(self, logits: Tensor, inputs: ModelInputs, tp_group: ProcessGroup | None) -> LossTerms:
+    def attention_mask(self, batch: TokenBatch, seed: int, stream: Stream) -> None:
+        return None
+
+    def loss_sums(
+        self, logits: Tensor, rows: ModelInputs, tp_group: ProcessGroup | None
+    ) -> LossSums:
         """Weighted sum of -log p(clean token) over the masked slots."""
-        slots, nll = scored_nll(logits, inputs, self.vocab_size, tp_group)
-        terms = weighted_terms(nll, slots, inputs)
+        nll = target_nll(logits, rows, self.vocab_size, tp_group)
+        sums = weighted_sums(nll, rows)
+        sums.metrics["masked_share"] = torch.ones_like(rows.weights).sum()
+        sums.metrics["masked_nll"] = nll.detach().sum()
+        return sums
+
+    def counts(self, inputs: ModelInputs) -> dict[str, Tensor]:
+        counts = loss_and_bound_counts(inputs)
         num_masked = inputs.scored.sum(dtype=torch.float32)
-        terms.metrics["masked_share"] = (num_masked, inputs.valid.sum(dtype=torch.float32))
-        terms.metrics["masked_nll"] = (nll.detach().sum(), num_masked)
-        return terms
+        return {**counts, "masked_share": counts["nelbo"], "masked_nll": num_masked}
 
     def _noise_draw(self, sample_index: Tensor, seed: int, stream: Stream) -> Tensor:
         """Uniform in [0, 1), float64 [b].

@@ -5,7 +5,7 @@ Shapes: b micro-batch, S full sequence, s length that the model sees.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -84,6 +84,11 @@ class ModelInputs:
     def scored(self) -> Tensor:
         """bool [b, s]: the slots on which the output layer has to run."""
         return (self.weights != 0) | (self.elbo_weights != 0)
+
+    def at(self, slots: Tensor) -> ModelInputs:
+        """Every field at these flat indices (int64 [n]) of [b, s]: fields [n]."""
+        taken = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ModelInputs(**{name: value.reshape(-1)[slots] for name, value in taken.items()})
 
 
 def document_starts(document: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dlm.config.hardware import GPUS
+from megatron_dlm.runtime.processes import num_cores
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,28 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
+def choose_device(kind: str, *, field: str = "device") -> torch.device:
+    """The device of a model that needs no Megatron: auto takes CUDA where it is available.
+
+    Raises ValueError, which names the `field` that asked, when CUDA is asked for and absent.
+    """
+    has_cuda = torch.cuda.is_available()
+    if kind == "cuda" and not has_cuda:
+        raise ValueError(f"{field} is cuda but torch sees no GPU; use {field} cpu or auto")
+    return torch.device("cuda" if has_cuda and kind != "cpu" else "cpu")
+
+
 def open_device(kind: str) -> Device:
-    """Choose the device and, on CPU, adapt Megatron Core; call before importing megatron.core.
+    """Choose the device of this rank and, on CPU, adapt Megatron Core; call before importing
+    megatron.core.
 
     Raises ValueError when CUDA is asked for and absent, or has fewer GPUs than ranks on this node.
     """
-    cuda = torch.cuda.is_available() if kind == "auto" else kind == "cuda"
-    return _open_cuda() if cuda else _open_cpu()
+    is_cuda = choose_device(kind, field="train.device").type == "cuda"
+    return _open_cuda() if is_cuda else _open_cpu()
 
 
 def _open_cuda() -> Device:
-    if not torch.cuda.is_available():
-        raise ValueError("train.device is cuda but torch sees no GPU; use train.device cpu or auto")
     count, rank = torch.cuda.device_count(), local_rank()
     if rank >= count:
         raise ValueError(
@@ -70,5 +81,5 @@ def _open_cpu() -> Device:
     adapt_megatron()
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(max(1, num_cores() // ranks_here))
     return Device(torch.device("cpu"), "cpu", None, has_transformer_engine=False)

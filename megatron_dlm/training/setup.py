@@ -138,7 +138,7 @@ def open_run(
         chunks = build_model(
             config.model,
             config.parallel,
-            config.objective.attention,
+            config.objective,
             precision=config.train.precision,
             seed=config.train.seed,
             device=device,

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_dlm.models.packed import PackedDocuments, packed_sequences
-from megatron_dlm.objectives.base import Objective
+from megatron_dlm.objectives.base import Objective, micro_batch_loss
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import Stream
 from megatron_dlm.runtime.device import Device
@@ -73,12 +73,20 @@ def _forward_step(
 ) -> tuple[Tensor, Any]:
     """The first and the last stage both derive the same inputs, so no mask ever travels."""
     batch = next(batches)
+    objective, model = setup.objective, chunk.module
     packed = _packed(batch, setup.device)
-    model = chunk.module
+    batch = batch.to(setup.device.torch_device)
+    mask = objective.attention_mask(batch, setup.seed, setup.stream)
     if not (model.pre_process or model.post_process):
-        return chunk(None, None, None, packed), None
-    inputs = setup.objective.prepare(batch.to(setup.device.torch_device), setup.seed, setup.stream)
-    output = chunk(inputs.tokens, inputs.position_ids, inputs.scored, packed)
+        return chunk(None, None, packed=packed, attention_mask=mask), None
+    inputs = objective.prepare(batch, setup.seed, setup.stream)
+    output = chunk(
+        inputs.tokens,
+        inputs.position_ids,
+        scored=inputs.scored,
+        packed=packed,
+        attention_mask=mask,
+    )
     return output, partial(_finish_loss, setup, inputs)
 
 
@@ -92,7 +100,7 @@ def _finish_loss(
     setup: Pass, inputs: ModelInputs, logits: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     # Three values and per-token loss: with two, Megatron scales in place by micro-batches and CP.
-    terms = setup.objective.loss(logits, inputs, setup.parallel.tensor.group)
+    terms = micro_batch_loss(setup.objective, logits, inputs, setup.parallel.tensor.group)
     if setup.parallel.tensor.rank == 0:
         with torch.no_grad():
             setup.metrics.add(terms.metrics)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import CheckpointConfig, OptimizerConfig, RunConfig
 from megatron_dlm.models.accounting import count_parameters
 
@@ -64,7 +65,7 @@ def save_in_ranks(
         chunks = build_model(
             model,
             parallel_config,
-            objective.attention,
+            objective,
             precision=precision,
             seed=0,
             device=open_device("cpu"),
@@ -106,7 +107,7 @@ def megatron_logits(path: Path, tokens: np.ndarray, precision: str = "fp32") -> 
         (chunk,) = build_model(
             model,
             ParallelConfig(),
-            objective.attention,
+            objective,
             precision=precision,
             seed=1,
             device=open_device("cpu"),

@@ -8,7 +8,7 @@ import numpy as np
 from rank_pool import RankPool
 from tiny_run import assemble, layout, model_config, run_layout
 
-from megatron_dlm.config.architecture import ObjectiveConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 
 STD = 0.02
 MODEL = model_config(hidden_size=64, init_method_std=STD, untie_embeddings_and_output_weights=True)

@@ -9,7 +9,8 @@ import pytest
 from rank_pool import RankPool
 from tiny_run import LAYOUTS, Layout, assemble, layout, model_config, run_layout
 
-from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig
+from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 
 OBJECTIVES = {
     "autoregressive": ObjectiveConfig(kind="autoregressive"),

@@ -11,7 +11,8 @@ from rank_pool import RankPool
 from tiny_run import SEED, VOCAB_SIZE, made_up_documents, model_config
 from torch import Tensor
 
-from megatron_dlm.config.architecture import AttentionPattern, ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 
 NUM_ROWS, SEQ_LENGTH = 3, 24
 MODELS = {
@@ -20,7 +21,7 @@ MODELS = {
         seq_length=SEQ_LENGTH, num_query_groups=4, qk_layernorm=False, activation="gelu"
     ),
 }
-PATTERNS = list(AttentionPattern)
+PATTERNS = [ObjectiveConfig(kind="autoregressive"), ObjectiveConfig(kind="masked")]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def stretches(document: Tensor) -> list[tuple[int, slice]]:
 
 def run_model(
     model: ModelConfig,
-    pattern: AttentionPattern,
+    objective: ObjectiveConfig,
     batch: tuple[Tensor, Tensor],
     how: str,
     *,
@@ -75,7 +76,7 @@ def run_model(
     with laid_out(ParallelConfig()) as parallel:
         seed_dropout(SEED, 0, parallel)
         [chunk] = build_model(
-            model, ParallelConfig(), pattern, parallel=parallel, seed=SEED, **options
+            model, ParallelConfig(), objective, parallel=parallel, seed=SEED, **options
         )
         if how == "alone":
             places = [(slice(row, row + 1), slots) for row, slots in stretches(document)]
@@ -83,7 +84,7 @@ def run_model(
         else:
             packed = packed_sequences(document, device) if how == "packed" else None
             scored = torch.ones_like(tokens, dtype=torch.bool)
-            logits = chunk(tokens, positions, scored, packed)
+            logits = chunk(tokens, positions, scored=scored, packed=packed)
         logits = logits[:, :VOCAB_SIZE].float()
         factor = torch.randn(logits.shape, generator=torch.Generator().manual_seed(7))
         (logits * factor.to(device)).sum().backward()
@@ -91,14 +92,14 @@ def run_model(
     return Outcome(logits.detach(), gradients)
 
 
-def outcomes(ranks: RankPool, model: str, pattern: AttentionPattern, *hows: str) -> list[Outcome]:
+def outcomes(ranks: RankPool, model: str, pattern: ObjectiveConfig, *hows: str) -> list[Outcome]:
     arguments = (MODELS[model], pattern, make_batch())
     return [ranks.run(run_model, *arguments, how, num_ranks=1)[0] for how in hows]
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.value)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.attention.value)
 @pytest.mark.parametrize("model", MODELS)
-def test_documents_run_as_if_alone(ranks: RankPool, model: str, pattern: AttentionPattern) -> None:
+def test_documents_run_as_if_alone(ranks: RankPool, model: str, pattern: ObjectiveConfig) -> None:
     packed, alone, crossing = outcomes(ranks, model, pattern, "packed", "alone", "crossing")
     assert packed.logits.shape == (NUM_ROWS * SEQ_LENGTH, VOCAB_SIZE)
     torch.testing.assert_close(packed.logits, alone.logits, rtol=0, atol=1e-5)
@@ -113,8 +114,8 @@ def test_documents_run_as_if_alone(ranks: RankPool, model: str, pattern: Attenti
     assert changed.float().mean() > 0.7
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.value)
-def test_a_document_does_not_see_the_rest(ranks: RankPool, pattern: AttentionPattern) -> None:
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.attention.value)
+def test_a_document_does_not_see_the_rest(ranks: RankPool, pattern: ObjectiveConfig) -> None:
     """Other text in one document, filler here, leaves every other slot as it was, bit for bit."""
     tokens, document = make_batch()
     edited = tokens.clone()

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import OptimizerConfig
 from megatron_dlm.ops.batch import TokenBatch
 from megatron_dlm.ops.counter_rng import Stream
@@ -121,7 +122,7 @@ def run_layout(
         chunks = build_model(
             model,
             where.parallel,
-            objective.attention,
+            objective,
             precision="fp32",
             seed=SEED,
             device=device,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tiny_run import layout, model_config, run_layout
 
-from megatron_dlm.config.architecture import ObjectiveConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 
 NUM_STEPS = 20
 OBJECTIVES = {

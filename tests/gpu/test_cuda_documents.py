@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from test_packed_documents import MODELS, PATTERNS, make_batch, run_model
 
-from megatron_dlm.config.architecture import AttentionPattern
+from megatron_dlm.config.objective import ObjectiveConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,12 +18,12 @@ pytestmark = [
 
 
 # Mean differences of logits with a standard deviation near one; what documents change is 0.8.
-@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.value)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.attention.value)
 @pytest.mark.parametrize(
     ("implementation", "precision", "tolerance"), [("local", "fp32", 1e-4), ("auto", "bf16", 0.03)]
 )
 def test_documents_run_as_if_alone(
-    implementation: str, precision: str, tolerance: float, pattern: AttentionPattern
+    implementation: str, precision: str, tolerance: float, pattern: ObjectiveConfig
 ) -> None:
     model = MODELS["grouped queries, normalised"]
     model = dataclasses.replace(model, transformer_impl=implementation)

@@ -19,12 +19,8 @@ from plain import PlainTransformer
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_dlm.config.architecture import (
-    AttentionPattern,
-    ModelConfig,
-    ObjectiveConfig,
-    ParallelConfig,
-)
+from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
 from megatron_dlm.config.schema import OptimizerConfig
 from megatron_dlm.models.build import build_model
 from megatron_dlm.models.transformer_config import transformer_config
@@ -116,7 +112,7 @@ class Task:
         [chunk] = build_model(
             self.model,
             _PARALLEL,
-            self.objective_config.attention,
+            self.objective_config,
             precision="fp32",
             seed=SEED,
             device=self.device,

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig
+from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint
 from megatron_dlm.hf.checkpoint_writer import write_checkpoint

@@ -113,7 +113,7 @@ ERRORS = {
     "wrong_choice": (
         "objective: {kind: mask}",
         [],
-        r"objective\.kind is mask; expected one of autoregressive, masked$",
+        r"objective\.kind is mask; expected one of autoregressive, masked, hybrid, block$",
     ),
     "wrong_mapping": ("data: {train: 3}", [], r"data\.train is 3; expected a mapping of text to a"),
     "section_is_a_value": ("model: 3", [], r"section model is 3; give it keys or remove it$"),

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import DataConfig, RunConfig, ScheduleConfig, TrainConfig
 from megatron_dlm.config.tokenizer_metadata import read_tokenizer_metadata
 from megatron_dlm.config.validate import check, prepare
@@ -156,6 +157,34 @@ BAD: dict[str, tuple[RunConfig, int, str]] = {
         changed(schedule={"kind": "wsd", "decay_fraction": 0.0}),
         1,
         r"never decays; use schedule\.kind constant",
+    ),
+    "blocks_inside_documents": (
+        changed(objective={"kind": "block"}, data={"packing": "pack"}),
+        1,
+        r"data\.packing pack.*kind block: blocks.*use data\.packing concat",
+    ),
+    "prompts_inside_documents": (
+        changed(
+            objective={"kind": "hybrid", "prompt_share": 0.2},
+            data={"reset_attention_mask": True},
+        ),
+        1,
+        r"reset_attention_mask.*kind hybrid: .*prompts",
+    ),
+    "block_beyond_the_sample": (
+        changed(objective={"kind": "block", "block_size": 1000}),
+        1,
+        r"objective\.block_size 1000 is larger than model\.seq_length",
+    ),
+    "empty_tokens_without_pad": (
+        changed(objective={"kind": "hybrid", "empty_token_share": 0.2}),
+        1,
+        r"empty_token_share needs a pad token; give objective\.pad_token_id",
+    ),
+    "pad_outside_the_vocabulary": (
+        changed(objective={"kind": "hybrid", "empty_token_share": 0.2, "pad_token_id": 10**6}),
+        1,
+        r"objective\.pad_token_id 1000000 is outside the vocabulary",
     ),
     "packing_without_room": (
         changed(data={"packing": "pack"}, model={"seq_length": 1}),

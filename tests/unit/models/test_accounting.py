@@ -10,7 +10,8 @@ import pytest
 import torch
 from rank_pool import RankPool
 
-from megatron_dlm.config.architecture import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.parse import parse
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.models.accounting import (
@@ -44,7 +45,6 @@ def test_published_sizes(preset: str, total: float, non_embedding: float) -> Non
 
 def local_parameters(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Runs inside a rank: numbers that this rank really holds."""
-    from megatron_dlm.config.architecture import AttentionPattern
     from megatron_dlm.models.build import build_model
     from megatron_dlm.runtime.device import open_device
     from megatron_dlm.runtime.parallel import laid_out
@@ -55,7 +55,7 @@ def local_parameters(model: ModelConfig, parallel: ParallelConfig) -> int:
         chunks = build_model(
             model,
             parallel,
-            AttentionPattern.BIDIRECTIONAL,
+            ObjectiveConfig(),
             precision="fp32",
             seed=0,
             device=open_device("cpu"),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as functional
 
 from megatron_dlm.objectives.autoregressive import AutoregressiveObjective
+from megatron_dlm.objectives.base import micro_batch_loss
 from megatron_dlm.ops.batch import TokenBatch
 from megatron_dlm.ops.counter_rng import Stream
 
@@ -27,7 +28,7 @@ def test_loss_is_the_cross_entropy_of_the_next_token() -> None:
     inputs = AutoregressiveObjective(51).prepare(batch, 0, Stream.TRAINING)
     assert torch.equal(inputs.tokens, batch.tokens[:, :-1])
     logits = torch.randn(3, 10, 51, generator=torch.Generator().manual_seed(1))
-    terms = AutoregressiveObjective(51).loss(logits[inputs.scored], inputs, None)
+    terms = micro_batch_loss(AutoregressiveObjective(51), logits[inputs.scored], inputs, None)
     labels = batch.tokens[:, 1:].clone()
     labels[0, :3] = -100
     expected = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())

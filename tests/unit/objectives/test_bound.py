@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dlm.config.architecture import ObjectiveConfig
+from megatron_dlm.config.objective import ObjectiveConfig
+from megatron_dlm.objectives.base import micro_batch_loss
 from megatron_dlm.objectives.build import build_objective
 from megatron_dlm.objectives.schedules import build_schedule
 from megatron_dlm.ops.batch import TokenBatch
@@ -145,7 +146,7 @@ def estimate(
         batch = TokenBatch(shuffled, torch.ones_like(shuffled, dtype=torch.bool), index)
         inputs = objective.prepare(batch, 17, Stream.TRAINING)
         logits = table[inputs.tokens[:, 0], inputs.tokens[:, 1]]
-        terms = objective.loss(logits[inputs.scored], inputs, None)
+        terms = micro_batch_loss(objective, logits[inputs.scored], inputs, None)
         for name, (total, count) in terms.metrics.items():
             sums[name].append((total.item(), count.item()))
     return {name: ratio_estimate(np.array(pairs)) for name, pairs in sums.items()}
@@ -281,7 +282,7 @@ def test_gradient_vanishes_at_the_optimum(weighting: str) -> None:
     log_weights = torch.tensor(INDEPENDENT).log().requires_grad_()
     table = independent_table(log_weights)
     logits = table[inputs.tokens[:, 0], inputs.tokens[:, 1]]
-    terms = objective.loss(logits[inputs.scored], inputs, None)
+    terms = micro_batch_loss(objective, logits[inputs.scored], inputs, None)
     (terms.loss_sum / terms.token_count).backward()
     assert log_weights.grad is not None
     squared_weights = inputs.weights.double().square().sum().item()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dlm.config.architecture import AttentionPattern, ObjectiveConfig
-from megatron_dlm.objectives.base import Objective
+from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
+from megatron_dlm.objectives.base import Objective, micro_batch_loss
 from megatron_dlm.objectives.build import build_objective
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import Stream
@@ -164,7 +164,7 @@ def test_loss_and_gradient_equal_the_full_vocabulary_in_float64(objective: Objec
     inputs = objective.prepare(make_batch(), SEED, Stream.TRAINING)
     logits = full_logits()
     leaf = logits[inputs.scored].clone().requires_grad_()
-    terms = objective.loss(leaf, inputs, None)
+    terms = micro_batch_loss(objective, leaf, inputs, None)
     terms.loss_sum.backward()
 
     exact = logits.double().requires_grad_()
@@ -202,7 +202,7 @@ def test_losses_of_micro_batches_add_up(objective: Objective) -> None:
 
     def terms(rows: slice) -> tuple[float, int]:
         inputs = objective.prepare(rows_of(batch, rows), SEED, Stream.TRAINING)
-        result = objective.loss(logits[rows][inputs.scored], inputs, None)
+        result = micro_batch_loss(objective, logits[rows][inputs.scored], inputs, None)
         return result.loss_sum.item(), int(result.token_count)
 
     whole = terms(slice(0, BATCH_SIZE))
@@ -217,7 +217,7 @@ def test_a_batch_without_scored_slots(objective: Objective) -> None:
     inputs = objective.prepare(batch, SEED, Stream.TRAINING)
     hidden = torch.zeros(0, 4, requires_grad=True)
     weight = torch.ones(PADDED_VOCAB_SIZE, 4, requires_grad=True)
-    terms = objective.loss(hidden @ weight.T, inputs, None)
+    terms = micro_batch_loss(objective, hidden @ weight.T, inputs, None)
     terms.loss_sum.backward()
     assert terms.loss_sum.item() == 0
     assert terms.token_count.item() == 0
@@ -229,4 +229,4 @@ def test_a_batch_without_scored_slots(objective: Objective) -> None:
 def test_logits_of_other_slots_are_refused(objective: Objective) -> None:
     inputs = objective.prepare(make_batch(), SEED, Stream.TRAINING)
     with pytest.raises(AssertionError, match="scored slots"):
-        objective.loss(full_logits()[inputs.scored][1:], inputs, None)
+        micro_batch_loss(objective, full_logits()[inputs.scored][1:], inputs, None)

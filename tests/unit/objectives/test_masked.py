@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from megatron_dlm.config.architecture import ObjectiveConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.objectives.build import build_objective
 from megatron_dlm.objectives.masked import MaskedObjective
 from megatron_dlm.objectives.schedules import build_schedule
