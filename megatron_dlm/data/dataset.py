@@ -7,10 +7,11 @@ into memory when it is first used.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import resource
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,15 +113,24 @@ def open_dataset(prefix: str | os.PathLike[str]) -> Dataset:
 
     Raises ValueError where neither is there, or where a listed shard is missing, cut or replaced.
     """
-    prefix, path = os.fspath(prefix), dataset_path(prefix)
+    entries, facts = whole_entries(prefix)
+    _allow_open_files(2 * len(entries))
+    return Dataset(os.fspath(prefix), entries, facts)
+
+
+def whole_entries(prefix: str | os.PathLike[str]) -> tuple[list[ShardEntry], Facts]:
+    """The shards of a dataset, their sizes compared; errors as those of `open_dataset`.
+
+    Makes no room for open files, so more shards than a process may map can be gone through.
+    """
+    path = dataset_path(prefix)
     if not path.is_file():
-        _explain_missing(prefix)
-        return Dataset(prefix, *describe([prefix]))
+        _explain_missing(os.fspath(prefix))
+        return describe([prefix])
     entries, facts = read_list(prefix)
     for entry in entries:
         _check_sizes(path, entry)
-    _allow_open_files(2 * len(entries))
-    return Dataset(prefix, entries, facts)
+    return entries, facts
 
 
 def read_list(prefix: str | os.PathLike[str]) -> tuple[list[ShardEntry], Facts]:
@@ -211,15 +221,22 @@ def describe(shards: Iterable[str | os.PathLike[str]]) -> tuple[list[ShardEntry]
 
 def refuse_overlap(train: Sequence[Dataset], valid: Sequence[Dataset]) -> None:
     """Raise ValueError where a validation dataset holds text that a training dataset holds too."""
-    for dataset in train:
-        for held in valid:
-            what = overlap(dataset, held)
-            if what is not None:
-                raise ValueError(
-                    f"data.train {dataset.prefix} and data.valid {held.prefix} overlap: both hold "
-                    f"{what}; hold documents out with `megatron-dlm data split` or with "
-                    "preprocess --validation_fraction"
-                )
+    for dataset, held, what in overlaps(train, valid):
+        raise ValueError(
+            f"data.train {dataset.prefix} and data.valid {held.prefix} overlap: both hold {what}; "
+            "hold documents out with `megatron-dlm data split` or with preprocess "
+            "--validation_fraction"
+        )
+
+
+def overlaps(
+    first: Sequence[Dataset], second: Sequence[Dataset]
+) -> Iterator[tuple[Dataset, Dataset, str]]:
+    """Datasets of each side that hold the same text, and what it is."""
+    for one, other in itertools.product(first, second):
+        what = overlap(one, other)
+        if what is not None:
+            yield one, other, what
 
 
 def overlap(first: Dataset, second: Dataset) -> str | None:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from megatron_dlm.data.dataset import dataset_path, open_dataset, read_list
+from megatron_dlm.data.dataset import dataset_path, read_list, whole_entries
 
 _ENDINGS = (".dataset.json", ".manifest.json", ".bin", ".idx")
 _NUMBER = re.compile(r"(\d+)")
@@ -39,7 +39,7 @@ def find_shards(inputs: Iterable[str]) -> list[str]:
     owners: dict[str, str] = {}
     shards = []
     for name in find_datasets(inputs):
-        for entry in open_dataset(name).entries:
+        for entry in whole_entries(name)[0]:
             place = os.path.realpath(entry.prefix)
             if place in owners:
                 raise ValueError(

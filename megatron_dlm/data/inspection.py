@@ -15,7 +15,7 @@ from megatron_dlm.data.counting import totals
 from megatron_dlm.data.dataset import Dataset, open_dataset
 from megatron_dlm.data.dataset_names import find_datasets
 from megatron_dlm.data.inspection_tables import print_inspection
-from megatron_dlm.data.manifest import Manifest
+from megatron_dlm.data.manifest import Manifest, total_text_bytes
 from megatron_dlm.data.report_file import prepare_report, write_report
 from megatron_dlm.data.shard_tally import Tally, TallyTask, tally_shard
 from megatron_dlm.data.shard_workers import map_shards
@@ -158,18 +158,16 @@ def _from_manifests(dataset: Dataset) -> dict[str, Any]:
     """Inputs and what was left out of them, over the shards that say so."""
     inputs: dict[str, None] = {}
     left_out: Counter[str] = Counter()
-    text_bytes: list[int | None] = []
     manifests = [Manifest.read(entry.prefix) for entry in dataset.entries]
     for manifest in manifests:
         if manifest is not None:
             inputs.update(dict.fromkeys(source.file for source in manifest.sources))
             left_out.update(manifest.left_out)
-        text_bytes.append(manifest.text_bytes if manifest else None)
     return {
         "without_manifest": manifests.count(None),
         "inputs": list(inputs),
         "left_out": dict(left_out),
-        "text_bytes": None if None in text_bytes else sum(filter(None, text_bytes)),
+        "text_bytes": total_text_bytes(manifests),
     }
 
 

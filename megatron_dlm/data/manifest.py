@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -102,6 +102,16 @@ class Manifest:
             return _from_json(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not a shard manifest ({error}); {remedy}") from None
+
+
+def total_text_bytes(manifests: Iterable[Manifest | None]) -> int | None:
+    """UTF-8 bytes of the text of all shards; None where one does not say."""
+    total = 0
+    for manifest in manifests:
+        if manifest is None or manifest.text_bytes is None:
+            return None
+        total += manifest.text_bytes
+    return total
 
 
 def manifest_path(prefix: str | os.PathLike[str]) -> Path:

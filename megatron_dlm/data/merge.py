@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -15,7 +15,7 @@ from megatron_dlm.config.data_commands import MergeConfig
 from megatron_dlm.data.counting import print_datasets
 from megatron_dlm.data.dataset import Facts, describe, open_dataset, write_dataset
 from megatron_dlm.data.dataset_names import find_shards
-from megatron_dlm.data.manifest import Manifest, Origin
+from megatron_dlm.data.manifest import Manifest, Origin, total_text_bytes
 from megatron_dlm.data.reading_progress import reading_progress
 from megatron_dlm.data.shard_check import check_index
 from megatron_dlm.data.shard_set import finish, valid_prefix
@@ -92,7 +92,7 @@ def join_shards(
             bin_sha256=bin_sha256,
             idx_sha256=idx_sha256,
             sources=[source for manifest in known for source in manifest.sources],
-            text_bytes=_total(manifest.text_bytes for manifest in known),
+            text_bytes=total_text_bytes(known),
             left_out=dict(sum((Counter(manifest.left_out) for manifest in known), Counter())),
             held_out=facts.held_out,
             origin=_joined_origin(known, facts),
@@ -116,12 +116,6 @@ def _finish(prefix: str, array_count: int | None) -> None:
     )
 
 
-def _total(numbers: Iterable[int | None]) -> int | None:
-    """The sum; None where one is not known."""
-    known = list(numbers)
-    return None if None in known else sum(number for number in known if number is not None)
-
-
 def _listed(numbers: Sequence[int]) -> str:
     shown = ", ".join(str(number) for number in numbers[:20])
     return shown if len(numbers) <= 20 else f"{shown} and {len(numbers) - 20} more"
@@ -142,20 +136,25 @@ def _copy_tokens(shard: Shard, files: ShardFiles, advance: Callable[[int], None]
 
 
 def _joined_index(shards: Sequence[str]) -> Iterator[bytes]:
-    """The .idx of all shards back to back, in pieces; each array is gone through by itself."""
-    opened = [Shard(shard) for shard in shards]
-    num_sequences = sum(len(shard.sequence_lengths) for shard in opened)
-    num_documents = sum(shard.num_documents for shard in opened)
-    yield index_header(opened[0].dtype, num_sequences=num_sequences, num_documents=num_documents)
-    for shard in opened:
+    """The .idx of all shards back to back, in pieces; each array is gone through by itself.
+
+    Every pass opens one shard at a time: more of them than files may be open can be joined.
+    """
+    num_sequences = num_documents = 0
+    for shard in map(Shard, shards):
+        num_sequences += len(shard.sequence_lengths)
+        num_documents += shard.num_documents
+    dtype = Shard(shards[0]).dtype
+    yield index_header(dtype, num_sequences=num_sequences, num_documents=num_documents)
+    for shard in map(Shard, shards):
         yield from _pieces(shard.sequence_lengths)
     begin_bytes = 0
-    for shard in opened:
+    for shard in map(Shard, shards):
         yield from _pieces(shard.sequence_pointers, begin_bytes)
         begin_bytes += shard.num_tokens * shard.dtype.itemsize
     yield np.zeros(1, dtype="<i8").tobytes()
     first_sequence = 0
-    for shard in opened:
+    for shard in map(Shard, shards):
         yield from _pieces(shard.document_bounds[1:], first_sequence)
         first_sequence += len(shard.sequence_lengths)
 

@@ -69,11 +69,17 @@ class Summary:
 
 def totals(prefix: str, jobs: Iterable[int], recipe: Recipe) -> list[Totals]:
     """Totals of these jobs on each side."""
-    places = [
-        (job, part) for job in jobs for part in range(len(whole_parts(prefix, job, recipe.sha256)))
-    ]
-    names = [prefix, valid_prefix(prefix)] if recipe.validation_fraction else [prefix]
-    return [_totals_of(name, [shard_prefix(name, *place) for place in places]) for name in names]
+    parts = {
+        (job, part): manifest
+        for job in jobs
+        for part, manifest in enumerate(whole_parts(prefix, job, recipe.sha256))
+    }
+    sides = [_totals_of(prefix, parts.values())]
+    if recipe.validation_fraction:
+        held = valid_prefix(prefix)
+        manifests = (Manifest.read(shard_prefix(held, *place)) for place in parts)
+        sides.append(_totals_of(held, filter(None, manifests)))
+    return sides
 
 
 def in_words(left_out: Mapping[str, int]) -> str:
@@ -82,8 +88,8 @@ def in_words(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in reasons) or "nothing"
 
 
-def _totals_of(dataset: str, shards: Sequence[str]) -> Totals:
-    manifests = [manifest for manifest in map(Manifest.read, shards) if manifest is not None]
+def _totals_of(dataset: str, shards: Iterable[Manifest]) -> Totals:
+    manifests = list(shards)
     left_out: Counter[str] = Counter()
     for manifest in manifests:
         left_out.update(manifest.left_out)

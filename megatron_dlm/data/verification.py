@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dlm.config.data_commands import VerifyConfig
-from megatron_dlm.data.dataset import Dataset, dataset_path, open_dataset, overlap, read_list
+from megatron_dlm.data.dataset import dataset_path, open_dataset, overlaps, read_list
 from megatron_dlm.data.dataset_names import find_datasets
 from megatron_dlm.data.report_file import prepare_report, write_report
 from megatron_dlm.data.shard_check import Rules, ShardTask, ShardVerdict, check_shard
@@ -23,7 +23,10 @@ def verify(config: VerifyConfig) -> None:
     """Print what was checked; ValueError if a shard is damaged or text is on both sides."""
     prepare_report(config.output)
     names = find_datasets([*config.input, *config.against])
-    rules = _rules(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
+    rules = Rules()
+    if tokenizer is not None:
+        rules = Rules(vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id)
     tasks = {name: _tasks(name, rules, index_only=config.index_only) for name in names}
     every = [task for listed in tasks.values() for task in listed]
     reading = map_shards(
@@ -54,16 +57,15 @@ def verify(config: VerifyConfig) -> None:
             f"{len(damaged)} of {len(verdicts)} shards are damaged; the first: {damaged[0].problem}"
         )
     if config.against:
-        shared = _shared(config)
+        num_train = len(find_datasets(config.input))
+        shared = _shared(
+            names[:num_train],
+            names[num_train:],
+            eod_id=tokenizer.eod_id if tokenizer is not None else None,
+            workers=config.workers,
+        )
         write_report(config.output, {**content, "shared": asdict(shared)})
         _refuse_shared(console, shared, config)
-
-
-def _rules(tokenizer: str | None) -> Rules:
-    if tokenizer is None:
-        return Rules()
-    opened = load_tokenizer(tokenizer)
-    return Rules(vocab_size=opened.vocab_size, mask_id=opened.mask_id)
 
 
 def _tasks(name: str, rules: Rules, *, index_only: bool) -> list[ShardTask]:
@@ -81,27 +83,17 @@ def _size_bytes(task: ShardTask, config: VerifyConfig) -> int:
     return os.stat(path).st_size if os.path.exists(path) else 0
 
 
-def _shared(config: VerifyConfig) -> SharedDocuments:
-    """Documents that are in `input` and in `against`."""
-    train = [open_dataset(name) for name in find_datasets(config.input)]
-    valid = [open_dataset(name) for name in find_datasets(config.against)]
-    _refuse_overlap(train, valid)
-    return find_shared(train, valid, eod_id=_eod_id(config.tokenizer), workers=config.workers)
-
-
-def _refuse_overlap(train: Sequence[Dataset], valid: Sequence[Dataset]) -> None:
-    for first in train:
-        for second in valid:
-            what = overlap(first, second)
-            if what is not None:
-                raise ValueError(
-                    f"{first.prefix} and {second.prefix} overlap: both hold {what}; hold documents "
-                    "out with `megatron-dlm data split`"
-                )
-
-
-def _eod_id(tokenizer: str | None) -> int | None:
-    return load_tokenizer(tokenizer).eod_id if tokenizer is not None else None
+def _shared(
+    train_names: Sequence[str], valid_names: Sequence[str], *, eod_id: int | None, workers: int
+) -> SharedDocuments:
+    """Documents that are on both sides."""
+    train, valid = ([open_dataset(name) for name in names] for names in (train_names, valid_names))
+    for first, second, what in overlaps(train, valid):
+        raise ValueError(
+            f"{first.prefix} and {second.prefix} overlap: both hold {what}; hold documents out "
+            "with `megatron-dlm data split`"
+        )
+    return find_shared(train, valid, eod_id=eod_id, workers=workers)
 
 
 def _print_table(

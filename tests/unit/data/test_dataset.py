@@ -237,6 +237,22 @@ def test_too_many_shards_for_the_hard_limit(tmp_path: Path) -> None:
     assert message in ended.stderr
 
 
+def test_the_remedy_for_too_many_shards_needs_few_files(tmp_path: Path) -> None:
+    """`data merge --copy true`, which the message above names, works below the same limit."""
+    write_dataset(tmp_path / "text", linked_shards(tmp_path, 200))
+    program = (
+        "import resource, sys\n"
+        "from megatron_dlm.config.data_commands import MergeConfig\n"
+        "from megatron_dlm.data.merge import merge\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))\n"
+        "merge(MergeConfig(input=[sys.argv[1]], output_prefix=sys.argv[2], copy=True))\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "text"), str(tmp_path / "one")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert open_dataset(tmp_path / "one").num_documents == 200
+
+
 def side(tmp_path: Path, name: str, seed: int, **settings) -> Dataset:
     return open_dataset(write_shard(tmp_path / name, random_documents(3, seed), **settings))
 
