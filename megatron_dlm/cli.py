@@ -26,37 +26,37 @@ COMMANDS = {
     "tokenizer": (
         "train a tokenizer, or adopt one with a mask token",
         "megatron_dlm.config.commands:TokenizerConfig",
-        "megatron_dlm.data.tokenizer_training:train_tokenizer",
+        "megatron_dlm.data.tokenization.tokenizer_training:train_tokenizer",
     ),
     "preprocess": (
         "turn text into shards",
         "megatron_dlm.config.commands:PreprocessConfig",
-        "megatron_dlm.data.preprocess:preprocess",
+        "megatron_dlm.data.preprocessing.preprocess:preprocess",
     ),
     "data inspect": (
         "show what shards hold: lengths, ids, decoded text",
         "megatron_dlm.config.data_commands:InspectConfig",
-        "megatron_dlm.data.inspection:inspect",
+        "megatron_dlm.data.commands.inspection:inspect",
     ),
     "data count": (
         "count documents, tokens, windows and epochs",
         "megatron_dlm.config.data_commands:CountConfig",
-        "megatron_dlm.data.counting:count",
+        "megatron_dlm.data.commands.counting:count",
     ),
     "data verify": (
         "check shards and name the first bad document",
         "megatron_dlm.config.data_commands:VerifyConfig",
-        "megatron_dlm.data.verification:verify",
+        "megatron_dlm.data.commands.verification:verify",
     ),
     "data split": (
         "hold documents out for validation",
         "megatron_dlm.config.data_commands:SplitConfig",
-        "megatron_dlm.data.split:split",
+        "megatron_dlm.data.commands.split:split",
     ),
     "data merge": (
         "make one dataset of many shards",
         "megatron_dlm.config.data_commands:MergeConfig",
-        "megatron_dlm.data.merge:merge",
+        "megatron_dlm.data.commands.merge:merge",
     ),
     "plan": (
         "parameters, FLOPs, memory and time of a configuration",

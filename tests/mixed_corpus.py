@@ -14,7 +14,7 @@ import pyarrow.parquet
 import zstandard
 
 from megatron_dlm.config.commands import TokenizerConfig
-from megatron_dlm.data.tokenizer_training import train_tokenizer
+from megatron_dlm.data.tokenization.tokenizer_training import train_tokenizer
 
 _SOURCES = ("argparse.py", "ast.py", "calendar.py", "cgi.py", "cmd.py", "codecs.py", "copy.py")
 

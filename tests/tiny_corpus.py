@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dlm.config.commands import PreprocessConfig, TokenizerConfig
-from megatron_dlm.data.preprocess import preprocess
-from megatron_dlm.data.tokenizer_training import train_tokenizer
+from megatron_dlm.data.preprocessing.preprocess import preprocess
+from megatron_dlm.data.tokenization.tokenizer_training import train_tokenizer
 
 VOCAB_SIZE = 400
 _SOURCES = (

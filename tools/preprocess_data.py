@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dlm.config.commands import PreprocessConfig
-from megatron_dlm.data.merge import join_shards
-from megatron_dlm.data.preprocess import make_dataset
-from megatron_dlm.data.shard_set import completed_shards
+from megatron_dlm.data.commands.merge import join_shards
+from megatron_dlm.data.preprocessing.preprocess import make_dataset
+from megatron_dlm.data.preprocessing.shard_set import completed_shards
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer")
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_dlm.data.blend import Blend
-from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.data.order import Use, derive_key, permute
 from megatron_dlm.data.packing import Sample, Windows
+from megatron_dlm.data.storage.dataset import Dataset
 
 
 @dataclass(frozen=True)

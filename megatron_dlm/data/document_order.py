@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.data.order import derive_key, permute
-from megatron_dlm.data.shards import Shard
+from megatron_dlm.data.storage.dataset import Dataset
+from megatron_dlm.data.storage.shards import Shard
 
 GROUP_DOCUMENTS = 1024
 """Documents of a group of `WholeOrder`, and of every block that is packed by itself."""

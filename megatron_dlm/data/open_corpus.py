@@ -15,7 +15,6 @@ from megatron_dlm.config.tokenizer_metadata import read_tokenizer_metadata
 from megatron_dlm.data.blend import Blend
 from megatron_dlm.data.budget import split_budget
 from megatron_dlm.data.corpus import Corpus, Tier
-from megatron_dlm.data.dataset import Dataset, open_dataset
 from megatron_dlm.data.document_order import (
     GROUP_DOCUMENTS,
     BudgetOrder,
@@ -24,6 +23,7 @@ from megatron_dlm.data.document_order import (
 )
 from megatron_dlm.data.order import Use, derive_key
 from megatron_dlm.data.packing import DocumentWindows, StreamWindows, Windows
+from megatron_dlm.data.storage.dataset import Dataset, open_dataset
 from megatron_dlm.data.token_stream import TokenReader
 
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.data.document_order import DocumentOrder
-from megatron_dlm.data.shards import Shard
+from megatron_dlm.data.storage.dataset import Dataset
+from megatron_dlm.data.storage.shards import Shard
 
 
 class Stretch(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.config.generation_commands import GenerateConfig
-from megatron_dlm.data.tokenizer import Tokenizer
+from megatron_dlm.data.tokenization.tokenizer import Tokenizer
 
 _GAP = re.compile(r"<mask:(\d+)>")
 

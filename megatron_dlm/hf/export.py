@@ -22,7 +22,7 @@ from megatron_dlm.checkpoint.retention import Checkpoint
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.hf_commands import ExportConfig
 from megatron_dlm.config.objective import ObjectiveConfig
-from megatron_dlm.data.tokenizer import Tokenizer
+from megatron_dlm.data.tokenization.tokenizer import Tokenizer
 from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint, model_of
 from megatron_dlm.hf.configuration import Layout, SpecialIds, choose_layout, write_config
 from megatron_dlm.hf.dtypes import DTYPES

@@ -22,7 +22,7 @@ from megatron_dlm.config.hf_commands import ImportConfig
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.config.tokenizer_metadata import TOKENIZER_FILES, holds_tokenizer
-from megatron_dlm.data.tokenizer_source import TokenizerSource, read_source
+from megatron_dlm.data.tokenization.tokenizer_source import TokenizerSource, read_source
 from megatron_dlm.hf.checkpoint_writer import write_checkpoint
 from megatron_dlm.hf.configuration import Described, read_config
 from megatron_dlm.hf.dtypes import DTYPES

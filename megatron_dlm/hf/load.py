@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.tokenizer_metadata import holds_tokenizer
-from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_dlm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint, model_of
 from megatron_dlm.hf.configuration import (
     ObjectiveKind,

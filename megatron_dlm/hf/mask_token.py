@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megatron_dlm.config.commands import TokenizerConfig
 from megatron_dlm.config.hf_commands import ImportConfig
-from megatron_dlm.data.tokenizer_adoption import adopt
-from megatron_dlm.data.tokenizer_source import TokenizerSource
+from megatron_dlm.data.tokenization.tokenizer_adoption import adopt
+from megatron_dlm.data.tokenization.tokenizer_source import TokenizerSource
 from megatron_dlm.hf.configuration import Described
 from megatron_dlm.hf.mapping import EMBEDDING, OUTPUT
 from megatron_dlm.hf.safetensors_reader import SafetensorsDirectory

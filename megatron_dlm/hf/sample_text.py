@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
-from megatron_dlm.data.tokenizer import Tokenizer
+from megatron_dlm.data.tokenization.tokenizer import Tokenizer
 
 SAMPLE_TEXT = '''\
 The ferry left the island at noon, twenty minutes late, and nobody complained. On the upper deck a

@@ -9,11 +9,15 @@ from typing import Any
 
 import tokenizers
 
-from megatron_dlm.data.encoder_probes import probe_texts
-from megatron_dlm.data.sentencepiece_json import tokenizer_json
-from megatron_dlm.data.sentencepiece_model import SPACE_MARK
-from megatron_dlm.data.tokenizer import Tokenizer, open_source
-from megatron_dlm.data.tokenizer_source import TokenizerSource, read_source, special_names
+from megatron_dlm.data.tokenization.encoder_probes import probe_texts
+from megatron_dlm.data.tokenization.sentencepiece_json import tokenizer_json
+from megatron_dlm.data.tokenization.sentencepiece_model import SPACE_MARK
+from megatron_dlm.data.tokenization.tokenizer import Tokenizer, open_source
+from megatron_dlm.data.tokenization.tokenizer_source import (
+    TokenizerSource,
+    read_source,
+    special_names,
+)
 
 # The libraries know other versions of Unicode, and choose differently between equal pieces.
 _TOLERATED_SHARE = 0.02

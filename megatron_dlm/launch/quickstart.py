@@ -16,7 +16,7 @@ from rich.table import Table
 from megatron_dlm.checkpoint.retention import LATEST_NAME
 from megatron_dlm.config.commands import QuickstartConfig
 from megatron_dlm.config.tokenizer_metadata import METADATA_FILE
-from megatron_dlm.data.dataset import dataset_path
+from megatron_dlm.data.storage.dataset import dataset_path
 from megatron_dlm.launch.child_command import run_command
 from megatron_dlm.launch.quickstart_corpus import write_corpus
 from megatron_dlm.runtime.files import write_whole

@@ -9,9 +9,9 @@ from rich.table import Table
 
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.data.corpus import Corpus, TierReport
-from megatron_dlm.data.dataset import dataset_path, read_list
-from megatron_dlm.data.manifest import Manifest
 from megatron_dlm.data.open_corpus import open_split
+from megatron_dlm.data.storage.dataset import dataset_path, read_list
+from megatron_dlm.data.storage.manifest import Manifest
 
 
 def open_training_data(config: RunConfig) -> Corpus | None:

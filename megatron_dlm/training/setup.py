@@ -15,8 +15,8 @@ from megatron_dlm.config.derive import step_tokens, total_steps
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.config.validate import check_schedule
 from megatron_dlm.data.corpus import Corpus
-from megatron_dlm.data.dataset import refuse_overlap
 from megatron_dlm.data.open_corpus import open_split
+from megatron_dlm.data.storage.dataset import refuse_overlap
 from megatron_dlm.models.accounting import count_parameters, training_flops_per_token
 from megatron_dlm.models.build import build_model
 from megatron_dlm.objectives.build import build_objective

@@ -12,7 +12,7 @@ VOCAB_SIZE, MASK_ID = 90, 89
 
 def write_shards(directory: Path, seed: int = 3) -> Path:
     """train and valid shards of made-up documents; a prefix directory for `train_in_ranks`."""
-    from megatron_dlm.data.shard_writer import ShardWriter
+    from megatron_dlm.data.storage.shard_writer import ShardWriter
 
     random = np.random.default_rng(seed)
     for name, num_documents in (("train", 60), ("valid", 20)):

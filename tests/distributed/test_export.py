@@ -23,7 +23,7 @@ from tiny_corpus import TinyCorpus
 
 from megatron_dlm.config.architecture import ParallelConfig
 from megatron_dlm.config.hf_commands import ExportConfig
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.tokenization.tokenizer import load_tokenizer
 from megatron_dlm.generation.masked_samplers import MaskedDecoding, sample_masked
 from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint
 from megatron_dlm.hf.export import export

@@ -9,7 +9,7 @@ import pytest
 from command_line import arguments, latest, metrics, published, start, start_ranks
 from tiny_corpus import TinyCorpus
 
-from megatron_dlm.data.shard_writer import ShardWriter
+from megatron_dlm.data.storage.shard_writer import ShardWriter
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tiny_corpus import TinyCorpus
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.data.loader import read_micro_batch
 from megatron_dlm.data.open_corpus import CorpusSettings, open_corpus
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.tokenization.tokenizer import load_tokenizer
 from megatron_dlm.evaluation.likelihood import MaskDraws, Request, score
 from megatron_dlm.evaluation.shards import evaluate_shards
 from megatron_dlm.hf.load import load_model

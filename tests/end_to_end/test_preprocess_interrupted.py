@@ -19,7 +19,7 @@ import zstandard
 from command_line import Job, run_here, start
 
 from megatron_dlm.config.commands import TokenizerConfig
-from megatron_dlm.data.tokenizer_training import train_tokenizer
+from megatron_dlm.data.tokenization.tokenizer_training import train_tokenizer
 
 NUM_KILLS = 5
 _SHARD_BYTES = 600_000

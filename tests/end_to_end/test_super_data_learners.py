@@ -16,9 +16,9 @@ import pytest
 from command_line import metrics, run_here
 
 from megatron_dlm.config.commands import PreprocessConfig, TokenizerConfig
-from megatron_dlm.data.dataset import open_dataset
-from megatron_dlm.data.preprocess import preprocess
-from megatron_dlm.data.tokenizer_training import train_tokenizer
+from megatron_dlm.data.preprocessing.preprocess import preprocess
+from megatron_dlm.data.storage.dataset import open_dataset
+from megatron_dlm.data.tokenization.tokenizer_training import train_tokenizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "configs" / "super_data_learners"
 SEQ_LENGTH, VOCAB_SIZE, BATCH_SIZE = 64, 384, 256

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_dlm.data.shard_writer import ShardWriter
+from megatron_dlm.data.storage.shard_writer import ShardWriter
 
 _VOCAB_SIZE = 8192
 _NUM_DOCUMENTS, _DOCUMENT_TOKENS = 2000, 1000

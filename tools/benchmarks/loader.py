@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dlm.data.dataset import write_dataset
-from megatron_dlm.data.manifest import Manifest
 from megatron_dlm.data.open_corpus import CorpusSettings, open_corpus
-from megatron_dlm.data.shards import HEADER, MAGIC, Shard
+from megatron_dlm.data.storage.dataset import write_dataset
+from megatron_dlm.data.storage.manifest import Manifest
+from megatron_dlm.data.storage.shards import HEADER, MAGIC, Shard
 
 _VOCAB_SIZE, _SEQ_LENGTH = 50_304, 2048
 _UINT16 = 8  # Megatron's code of the integer type

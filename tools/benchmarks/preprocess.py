@@ -27,8 +27,8 @@ from typing import Any
 
 from measure import environment, print_environment, spread, write_json
 
-from megatron_dlm.data.merge import join_shards
-from megatron_dlm.data.shard_set import completed_shards
+from megatron_dlm.data.commands.merge import join_shards
+from megatron_dlm.data.preprocessing.shard_set import completed_shards
 
 _VOCAB_SIZE = 8192
 _DOCUMENT_CHARACTERS = 3000

@@ -12,9 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from megatron_dlm.data.documents import Document
-from megatron_dlm.data.input_plan import find_files, plan_jobs
-from megatron_dlm.data.readers import read_documents
+from megatron_dlm.data.inputs.documents import Document
+from megatron_dlm.data.inputs.input_plan import find_files, plan_jobs
+from megatron_dlm.data.inputs.readers import read_documents
 
 PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
 

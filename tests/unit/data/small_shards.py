@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dlm.data.manifest import HeldOut, Origin
-from megatron_dlm.data.shard_writer import ShardWriter
+from megatron_dlm.data.storage.manifest import HeldOut, Origin
+from megatron_dlm.data.storage.shard_writer import ShardWriter
 
 EOD, MASK, VOCAB_SIZE = 1, 2, 500
 Documents = Sequence[Sequence[int]]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_dlm.config.commands import PreprocessConfig
-from megatron_dlm.data.array_task import ArrayTask, array_task
+from megatron_dlm.data.preprocessing.array_task import ArrayTask, array_task
 
 CONFIG = PreprocessConfig(["text.jsonl"], "out/text", "tokenizer")
 

@@ -14,9 +14,9 @@ import pytest
 from unique_shards import MASK_ID, VOCAB_SIZE, write_unique
 
 from megatron_dlm.data.corpus import Corpus
-from megatron_dlm.data.manifest import Manifest, manifest_path
 from megatron_dlm.data.open_corpus import CorpusSettings, open_corpus
-from megatron_dlm.data.shard_writer import ShardWriter
+from megatron_dlm.data.storage.manifest import Manifest, manifest_path
+from megatron_dlm.data.storage.shard_writer import ShardWriter
 
 SIZES = {"a": 1003, "b": 600, "c": 2000}
 FIRST_IDS = {"a": 10, "b": 2000, "c": 4000}

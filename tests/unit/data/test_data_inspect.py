@@ -13,11 +13,11 @@ import pytest
 from small_shards import EOD, MASK, random_documents, write_megatron_shard, write_shard
 
 from megatron_dlm import cli
-from megatron_dlm.data import shard_workers
-from megatron_dlm.data.dataset import write_dataset
-from megatron_dlm.data.inspection_tables import printable
+from megatron_dlm.data.commands import shard_workers
+from megatron_dlm.data.commands.inspection_tables import printable
 from megatron_dlm.data.packing import Stride
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.storage.dataset import write_dataset
+from megatron_dlm.data.tokenization.tokenizer import load_tokenizer
 
 DOCUMENTS = [*random_documents(200, seed=1, longest=300), [], [7, 8], [9] * 3000]
 

@@ -19,12 +19,12 @@ from small_shards import (
 
 from megatron_dlm import cli
 from megatron_dlm.config.commands import PreprocessConfig
-from megatron_dlm.data import merge as merge_module
-from megatron_dlm.data.dataset import open_dataset, overlap, write_dataset
-from megatron_dlm.data.dataset_names import find_datasets, find_shards
-from megatron_dlm.data.manifest import HeldOut, Manifest, Source
-from megatron_dlm.data.merge import join_shards
-from megatron_dlm.data.shards import Shard
+from megatron_dlm.data.commands import merge as merge_module
+from megatron_dlm.data.commands.merge import join_shards
+from megatron_dlm.data.storage.dataset import open_dataset, overlap, write_dataset
+from megatron_dlm.data.storage.dataset_names import find_datasets, find_shards
+from megatron_dlm.data.storage.manifest import HeldOut, Manifest, Source
+from megatron_dlm.data.storage.shards import Shard
 
 
 def sha256(path: Path | str) -> str:
@@ -212,7 +212,7 @@ def test_names_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def preprocess_tasks(corpus: Path, tokenizer: Path, prefix: Path, tasks: list[int]) -> None:
-    from megatron_dlm.data.preprocess import preprocess
+    from megatron_dlm.data.preprocessing.preprocess import preprocess
 
     for task in tasks:
         preprocess(

@@ -21,10 +21,10 @@ from small_shards import (
 
 from megatron_dlm import cli
 from megatron_dlm.config.data_commands import SplitConfig
-from megatron_dlm.data import shard_workers, split_job
-from megatron_dlm.data.dataset import open_dataset, refuse_overlap, write_dataset
-from megatron_dlm.data.manifest import Manifest
-from megatron_dlm.data.split import split
+from megatron_dlm.data.commands import shard_workers, split_job
+from megatron_dlm.data.commands.split import split
+from megatron_dlm.data.storage.dataset import open_dataset, refuse_overlap, write_dataset
+from megatron_dlm.data.storage.manifest import Manifest
 
 DOCUMENTS = random_documents(600, seed=3, longest=30)
 

@@ -21,11 +21,11 @@ from small_shards import (
 )
 
 from megatron_dlm import cli
-from megatron_dlm.data import shard_workers
-from megatron_dlm.data.dataset import Facts, ShardEntry, open_dataset, write_dataset
-from megatron_dlm.data.manifest import Manifest
-from megatron_dlm.data.shard_check import Rules, ShardTask, check_shard
-from megatron_dlm.data.shared_documents import find_shared
+from megatron_dlm.data.commands import shard_workers
+from megatron_dlm.data.commands.shard_check import Rules, ShardTask, check_shard
+from megatron_dlm.data.commands.shared_documents import find_shared
+from megatron_dlm.data.storage.dataset import Facts, ShardEntry, open_dataset, write_dataset
+from megatron_dlm.data.storage.manifest import Manifest
 
 # starts at token 0, 3, 4, 8: bytes 0, 6, 8, 16
 DOCUMENTS = [[5, 6, EOD], [EOD], [7, 8, 9, EOD], [10, EOD]]
@@ -270,7 +270,7 @@ def test_shared_documents(tmp_path: Path, workers: int, monkeypatch: pytest.Monk
 def test_equal_hashes_of_different_texts_are_not_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_dlm.data import shared_documents
+    from megatron_dlm.data.commands import shared_documents
 
     monkeypatch.setattr(
         shared_documents,

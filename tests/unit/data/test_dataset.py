@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from small_shards import origin_of, random_documents, write_megatron_shard, write_shard
 
-from megatron_dlm.data import dataset as dataset_module
-from megatron_dlm.data.dataset import (
+from megatron_dlm.data.storage import dataset as dataset_module
+from megatron_dlm.data.storage.dataset import (
     Dataset,
     describe,
     open_dataset,
@@ -24,8 +24,8 @@ from megatron_dlm.data.dataset import (
     refuse_overlap,
     write_dataset,
 )
-from megatron_dlm.data.manifest import HeldOut
-from megatron_dlm.data.shards import Shard
+from megatron_dlm.data.storage.manifest import HeldOut
+from megatron_dlm.data.storage.shards import Shard
 
 
 def write_parts(folder: Path, sizes: tuple[int, ...] = (3, 0, 5, 2), **settings) -> list[str]:
@@ -227,7 +227,7 @@ def test_too_many_shards_for_the_hard_limit(tmp_path: Path) -> None:
     write_dataset(tmp_path / "text", linked_shards(tmp_path, 200))
     program = (
         "import resource, sys\n"
-        "from megatron_dlm.data.dataset import open_dataset\n"
+        "from megatron_dlm.data.storage.dataset import open_dataset\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))\n"
         "open_dataset(sys.argv[1])\n"
     )
@@ -243,7 +243,7 @@ def test_the_remedy_for_too_many_shards_needs_few_files(tmp_path: Path) -> None:
     program = (
         "import resource, sys\n"
         "from megatron_dlm.config.data_commands import MergeConfig\n"
-        "from megatron_dlm.data.merge import merge\n"
+        "from megatron_dlm.data.commands.merge import merge\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))\n"
         "merge(MergeConfig(input=[sys.argv[1]], output_prefix=sys.argv[2], copy=True))\n"
     )

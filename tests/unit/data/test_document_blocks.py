@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_shards import EOD, write_megatron_shard, write_shard
 
-from megatron_dlm.data import document_blocks
-from megatron_dlm.data.document_blocks import document_digests, read_blocks, read_starts
-from megatron_dlm.data.shards import Shard
+from megatron_dlm.data.storage import document_blocks
+from megatron_dlm.data.storage.document_blocks import document_digests, read_blocks, read_starts
+from megatron_dlm.data.storage.shards import Shard
 
 DOCUMENTS = [[5, 6, EOD], [], [7] * 9, [EOD], [8, EOD, EOD], [9]]
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from unique_shards import VOCAB_SIZE, documents, write_unique
 
-from megatron_dlm.data.dataset import Dataset, open_dataset
 from megatron_dlm.data.document_order import (
     GROUP_DOCUMENTS,
     Block,
@@ -17,6 +16,7 @@ from megatron_dlm.data.document_order import (
     WholeOrder,
 )
 from megatron_dlm.data.order import permute
+from megatron_dlm.data.storage.dataset import Dataset, open_dataset
 from megatron_dlm.data.token_stream import TokenReader, TokenStream
 
 LENGTHS = np.random.default_rng(0).integers(0, 13, 300).tolist()

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_dlm.config.commands import TokenizerConfig
-from megatron_dlm.data.encoder import Encoder, open_encoder
-from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_dlm.data.tokenizer_training import train_tokenizer
+from megatron_dlm.data.tokenization.encoder import Encoder, open_encoder
+from megatron_dlm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
+from megatron_dlm.data.tokenization.tokenizer_training import train_tokenizer
 
 FAST = ["ours", "gpt2", "qwen", "llama3", "llama2"]
 SLOW = ["unigram.model", "bert", "unigram"]
@@ -214,7 +214,7 @@ def test_byte_pieces_that_other_pieces_spell_take_the_reference(tmp_path: Path) 
 def test_the_library_is_opened_anew_before_it_remembers_too_much(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_dlm.data.encoder._OPEN_CHARACTERS", 1000)
+    monkeypatch.setattr("megatron_dlm.data.tokenization.encoder._OPEN_CHARACTERS", 1000)
     encoder = Encoder(tokenizer, Forgotten(), num_threads=1)
     with pytest.raises(AssertionError, match="not opened"):
         encoder.encode(["x" * 1000])

@@ -15,9 +15,9 @@ from corpus_files import PACKERS, documents, json_lines, write_parquet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dlm.data.documents import Document, Piece
-from megatron_dlm.data.input_plan import Job, find_files, plan_digest, plan_jobs
-from megatron_dlm.data.readers import read_documents
+from megatron_dlm.data.inputs.documents import Document, Piece
+from megatron_dlm.data.inputs.input_plan import Job, find_files, plan_digest, plan_jobs
+from megatron_dlm.data.inputs.readers import read_documents
 
 
 def names(directory: Path, *inputs: str) -> list[str]:

@@ -15,11 +15,11 @@ import pytest
 from mixed_corpus import MixedCorpus, make_mixed_corpus
 
 from megatron_dlm.config.commands import PreprocessConfig
-from megatron_dlm.data.input_plan import Job, find_files, plan_digest, plan_jobs
-from megatron_dlm.data.job_workers import run_jobs
-from megatron_dlm.data.recipe import Recipe
-from megatron_dlm.data.stop_request import Stopped, StopRequest
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.inputs.input_plan import Job, find_files, plan_digest, plan_jobs
+from megatron_dlm.data.preprocessing.job_workers import run_jobs
+from megatron_dlm.data.preprocessing.recipe import Recipe
+from megatron_dlm.data.preprocessing.stop_request import Stopped, StopRequest
+from megatron_dlm.data.tokenization.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

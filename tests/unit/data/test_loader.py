@@ -11,8 +11,8 @@ from unique_shards import MASK_ID, VOCAB_SIZE, write_unique
 
 from megatron_dlm.data.corpus import Corpus
 from megatron_dlm.data.loader import batches
-from megatron_dlm.data.manifest import manifest_path
 from megatron_dlm.data.open_corpus import CorpusSettings, open_corpus
+from megatron_dlm.data.storage.manifest import manifest_path
 from megatron_dlm.ops.batch import TokenBatch
 
 SEQ_LENGTH = 16

@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 from corpus_files import documents, write_parquet
 
-from megatron_dlm.data.input_plan import plan_jobs
-from megatron_dlm.data.readers import read_documents
+from megatron_dlm.data.inputs.input_plan import plan_jobs
+from megatron_dlm.data.inputs.readers import read_documents
 
 TEXTS = ["one\ntwo", "é \u2028 ü", "", "\ufeffmark \x85 \r\n", "🙂" * 9, 'quote " \\ \x00 end']
 

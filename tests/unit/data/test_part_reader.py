@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_dlm.config.commands import PreprocessConfig
-from megatron_dlm.data import part_reader
-from megatron_dlm.data.documents import BEGINNING, Piece
-from megatron_dlm.data.part_reader import PartEnd, read_batches
+from megatron_dlm.data.inputs.documents import BEGINNING, Piece
+from megatron_dlm.data.preprocessing import part_reader
+from megatron_dlm.data.preprocessing.part_reader import PartEnd, read_batches
 
 RECORDS = st.lists(
     st.one_of(

@@ -13,12 +13,12 @@ import pytest
 from mixed_corpus import MixedCorpus, make_mixed_corpus
 
 from megatron_dlm.config.commands import PreprocessConfig
-from megatron_dlm.data import part_reader
-from megatron_dlm.data.dataset import open_dataset
-from megatron_dlm.data.manifest import Manifest
-from megatron_dlm.data.preprocess import preprocess
-from megatron_dlm.data.shard_job import in_validation
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.preprocessing import part_reader
+from megatron_dlm.data.preprocessing.preprocess import preprocess
+from megatron_dlm.data.preprocessing.shard_job import in_validation
+from megatron_dlm.data.storage.dataset import open_dataset
+from megatron_dlm.data.storage.manifest import Manifest
+from megatron_dlm.data.tokenization.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,9 @@ def test_what_preprocess_wrote_is_no_input(corpus: MixedCorpus, tmp_path: Path) 
 
 def test_start_up_imports_neither_torch_nor_megatron() -> None:
     code = (
-        "import sys, megatron_dlm.data.preprocess, megatron_dlm.data.tokenizer_training\n"
+        "import sys\n"
+        "import megatron_dlm.data.preprocessing.preprocess\n"
+        "import megatron_dlm.data.tokenization.tokenizer_training\n"
         "assert not {'torch', 'megatron'} & set(sys.modules), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])

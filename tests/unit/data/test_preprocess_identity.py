@@ -13,10 +13,10 @@ import pytest
 from mixed_corpus import MixedCorpus, make_mixed_corpus
 
 from megatron_dlm.config.commands import PreprocessConfig
-from megatron_dlm.data.dataset import open_dataset
-from megatron_dlm.data.preprocess import make_dataset, preprocess
-from megatron_dlm.data.shard_set import completed_shards
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.preprocessing.preprocess import make_dataset, preprocess
+from megatron_dlm.data.preprocessing.shard_set import completed_shards
+from megatron_dlm.data.storage.dataset import open_dataset
+from megatron_dlm.data.tokenization.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

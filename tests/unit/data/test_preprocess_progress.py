@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dlm.data import progress
-from megatron_dlm.data.documents import Piece
-from megatron_dlm.data.input_plan import Job
-from megatron_dlm.data.job_workers import Report
-from megatron_dlm.data.progress import ProgressDisplay
-from megatron_dlm.data.shard_job import Progress
+from megatron_dlm.data.inputs.documents import Piece
+from megatron_dlm.data.inputs.input_plan import Job
+from megatron_dlm.data.preprocessing import progress
+from megatron_dlm.data.preprocessing.job_workers import Report
+from megatron_dlm.data.preprocessing.progress import ProgressDisplay
+from megatron_dlm.data.preprocessing.shard_job import Progress
 
 JOBS = {
     0: Job((Piece("a.jsonl", 0, 1000),), 1000),

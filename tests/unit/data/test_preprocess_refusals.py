@@ -10,9 +10,9 @@ import pytest
 from mixed_corpus import MixedCorpus, make_mixed_corpus
 
 from megatron_dlm.config.commands import PreprocessConfig
-from megatron_dlm.data.dataset import open_dataset
-from megatron_dlm.data.manifest import Manifest
-from megatron_dlm.data.preprocess import preprocess
+from megatron_dlm.data.preprocessing.preprocess import preprocess
+from megatron_dlm.data.storage.dataset import open_dataset
+from megatron_dlm.data.storage.manifest import Manifest
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_going_on_behind_any_shard(settings: PreprocessConfig, tmp_path: Path) -
 def test_a_shard_that_another_process_is_writing(
     settings: PreprocessConfig, tmp_path: Path
 ) -> None:
-    from megatron_dlm.data.shard_writer import ShardWriter
+    from megatron_dlm.data.storage.shard_writer import ShardWriter
 
     with ShardWriter(f"{settings.output_prefix}_00001_000", vocab_size=400):
         refusal(settings, "text_00001_000.bin.tmp is being written by another process")

@@ -18,9 +18,9 @@ import pytest
 import zstandard
 from corpus_files import PACKERS, documents, json_lines, texts, write_parquet
 
-from megatron_dlm.data.documents import Piece, Place
-from megatron_dlm.data.input_plan import plan_jobs
-from megatron_dlm.data.readers import read_documents
+from megatron_dlm.data.inputs.documents import Piece, Place
+from megatron_dlm.data.inputs.input_plan import plan_jobs
+from megatron_dlm.data.inputs.readers import read_documents
 
 TEXTS = ["one\ntwo", "é \u2028 ü", "", "\ufeffmark \x85 \r\n", "🙂" * 9, 'quote " \\ \x00 end']
 
@@ -320,8 +320,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 import pyarrow.parquet
-from megatron_dlm.data.input_plan import plan_jobs
-from megatron_dlm.data.readers import read_documents
+from megatron_dlm.data.inputs.input_plan import plan_jobs
+from megatron_dlm.data.inputs.readers import read_documents
 
 def peak():  # of this program alone: getrusage starts at the peak of the one that started it
     status = Path("/proc/self/status").read_text()

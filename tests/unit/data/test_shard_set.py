@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dlm.data.dataset import open_dataset
-from megatron_dlm.data.manifest import HeldOut, Origin
-from megatron_dlm.data.recipe import Recipe, read_recipe, recipe_path, write_recipe
-from megatron_dlm.data.shard_set import (
+from megatron_dlm.data.preprocessing.recipe import Recipe, read_recipe, recipe_path, write_recipe
+from megatron_dlm.data.preprocessing.shard_set import (
     claim,
     completed_shards,
     finish,
@@ -21,7 +19,9 @@ from megatron_dlm.data.shard_set import (
     shard_prefix,
     whole_parts,
 )
-from megatron_dlm.data.shard_writer import ShardWriter
+from megatron_dlm.data.storage.dataset import open_dataset
+from megatron_dlm.data.storage.manifest import HeldOut, Origin
+from megatron_dlm.data.storage.shard_writer import ShardWriter
 
 RECIPE = Recipe(
     tokenizer_sha256="f" * 64,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dlm.data import reading_progress, shard_workers
-from megatron_dlm.data.shard_workers import map_shards
-from megatron_dlm.data.shards import Shard
+from megatron_dlm.data.commands import reading_progress, shard_workers
+from megatron_dlm.data.commands.shard_workers import map_shards
+from megatron_dlm.data.storage.shards import Shard
 from megatron_dlm.runtime.errors import is_users
 
 Advance = Callable[[int], None]
@@ -107,7 +107,7 @@ def test_workers_end_with_their_parent(tmp_path: Path, number: signal.Signals) -
     )
     script = tmp_path / "program.py"
     script.write_text(program)
-    folders = [str(Path(__file__).parent), str(Path(shard_workers.__file__).parents[2])]
+    folders = [str(Path(__file__).parent), str(Path(shard_workers.__file__).parents[3])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     command = [sys.executable, str(script)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as parent:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dlm.data.dataset import write_dataset
-from megatron_dlm.data.manifest import HeldOut, Manifest, Origin, Source
-from megatron_dlm.data.shard_writer import ShardWriter
-from megatron_dlm.data.shards import Shard, shard_dtype
+from megatron_dlm.data.storage.dataset import write_dataset
+from megatron_dlm.data.storage.manifest import HeldOut, Manifest, Origin, Source
+from megatron_dlm.data.storage.shard_writer import ShardWriter
+from megatron_dlm.data.storage.shards import Shard, shard_dtype
 
 DOCUMENTS = [[5, 6, 7, 2], [8], [], [1, 2, 3, 4, 9, 10, 11], [499, 0]]
 

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_shards import random_documents, write_megatron_shard, write_shard
 
-from megatron_dlm.data.dataset import open_dataset
-from megatron_dlm.data.document_blocks import read_blocks
-from megatron_dlm.data.shard_check import ShardTask, check_index, check_shard
-from megatron_dlm.data.shards import Shard
+from megatron_dlm.data.commands.shard_check import ShardTask, check_index, check_shard
+from megatron_dlm.data.storage.dataset import open_dataset
+from megatron_dlm.data.storage.document_blocks import read_blocks
+from megatron_dlm.data.storage.shards import Shard
 from megatron_dlm.runtime.errors import is_users
 
 SENTENCES = [[[3, 4, 1]], [[5, 6], [7, 1]], [], [[8], [], [9, 10, 1]], [[11, 12, 13, 1]]]

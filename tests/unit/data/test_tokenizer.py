@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dlm.config.commands import TokenizerConfig
-from megatron_dlm.data.sentencepiece_model import SentencePieceModel, normalize
-from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_dlm.data.tokenizer_training import train_tokenizer
+from megatron_dlm.data.tokenization.sentencepiece_model import SentencePieceModel, normalize
+from megatron_dlm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
+from megatron_dlm.data.tokenization.tokenizer_training import train_tokenizer
 
 SOURCES = [Path(json.__file__), Path(json.__file__).with_name("decoder.py"), Path(pytest.__file__)]
 AWKWARD = [

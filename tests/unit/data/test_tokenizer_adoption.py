@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dlm.config.commands import TokenizerConfig
-from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_dlm.data.tokenizer_training import train_tokenizer
+from megatron_dlm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
+from megatron_dlm.data.tokenization.tokenizer_training import train_tokenizer
 
 TEXTS = [
     *library_texts("[g-z]*.py", 5),

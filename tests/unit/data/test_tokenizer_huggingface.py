@@ -12,7 +12,7 @@ from huggingface_tokenizer import KINDS, library_texts, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_dlm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 AWKWARD = [
     "<|endoftext|><|im_start|> <|begin_of_text|> <s></s> <unk> [MASK] [SEP] <pad>",

@@ -15,8 +15,8 @@ import zstandard
 
 from megatron_dlm.config.commands import TokenizerConfig
 from megatron_dlm.config.tokenizer_metadata import read_tokenizer_metadata
-from megatron_dlm.data.tokenizer import load_tokenizer
-from megatron_dlm.data.tokenizer_training import train_tokenizer
+from megatron_dlm.data.tokenization.tokenizer import load_tokenizer
+from megatron_dlm.data.tokenization.tokenizer_training import train_tokenizer
 
 TEXT = "".join(f"{n % 97 * 'ab'}{n % 31 * 'c'} {n:b} {n:x} 名{n}\n" for n in range(500))
 

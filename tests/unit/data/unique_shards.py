@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dlm.data.dataset import Dataset, open_dataset, write_dataset
-from megatron_dlm.data.shard_writer import ShardWriter
+from megatron_dlm.data.storage.dataset import Dataset, open_dataset, write_dataset
+from megatron_dlm.data.storage.shard_writer import ShardWriter
 
 VOCAB_SIZE, MASK_ID = 60_000, 4
 FIRST_ID = 10

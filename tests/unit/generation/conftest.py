@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny_corpus import TinyCorpus
 
 from megatron_dlm.config.architecture import ModelConfig
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.tokenization.tokenizer import load_tokenizer
 from megatron_dlm.hf.configuration import ObjectiveKind, write_config
 from megatron_dlm.hf.load import special_ids
 

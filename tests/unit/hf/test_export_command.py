@@ -19,7 +19,7 @@ from tiny_corpus import TinyCorpus
 from megatron_dlm import cli
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.hf_commands import ExportConfig
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.tokenization.tokenizer import load_tokenizer
 from megatron_dlm.hf.checkpoint_reader import CheckpointReader
 from megatron_dlm.hf.configuration import (
     SpecialIds,

@@ -16,8 +16,8 @@ from megatron_dlm.config.commands import PlanConfig
 from megatron_dlm.config.hardware import GPUS
 from megatron_dlm.config.keys import leaf_types
 from megatron_dlm.config.schema import DataConfig, RunConfig, TrainConfig
-from megatron_dlm.data.dataset import write_dataset
-from megatron_dlm.data.shard_writer import ShardWriter
+from megatron_dlm.data.storage.dataset import write_dataset
+from megatron_dlm.data.storage.shard_writer import ShardWriter
 from megatron_dlm.models.accounting import count_parameters, training_flops_per_token
 from megatron_dlm.scaling.plan_run import make_plan
 

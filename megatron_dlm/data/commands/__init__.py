@@ -1,0 +1,1 @@
+"""The `data` commands: inspect, count, verify, split, merge."""

@@ -1,0 +1,1 @@
+"""Token ids on disk: shards in Megatron's .bin/.idx format, their manifests, datasets of many."""
