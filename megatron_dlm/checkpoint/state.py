@@ -11,6 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_dlm.models.build import LanguageModel, sharding_metadata
+from megatron_dlm.ops.laprop import LaProp
 from megatron_dlm.runtime.parallel import ParallelContext
 
 
@@ -63,21 +64,19 @@ def optimizer_state(
 
 @torch.no_grad()
 def restore_optimizer(optimizer: MegatronOptimizer, loaded: Mapping[str, Any], step: int) -> None:
-    """Copy loaded tensors into this rank's shards and set Adam's step.
+    """Copy loaded tensors into this rank's shards and set the optimizer's step.
 
-    torch.optim.AdamW keeps `step` per parameter, which Megatron Core would fill with one shared
-    tensor (it then counts once per parameter); so it is set here, one tensor each.
+    torch.optim.AdamW and LaProp keep `step` per parameter, which Megatron Core would fill with one
+    shared tensor (it then counts once per parameter); so it is set here, one tensor each.
     """
     for number, part in enumerate(optimizer_parts(optimizer)):
         states = [state for state in part.optimizer.state.values() if state]
-        steps_are_per_parameter = any("step" in state for state in states)
-        for state in states:
-            state.pop("step", None)
+        counters = [state.pop("step", None) for state in states]
         part.load_parameter_state_from_fully_reshardable(loaded[f"optimizer{number}"])
-        if steps_are_per_parameter:
-            for state in states:
-                state["step"] = torch.full((), float(step), device=state["exp_avg"].device)
-        else:
+        for state, counter in zip(states, counters, strict=True):
+            if counter is not None:
+                state["step"] = torch.full_like(counter, float(step))
+        if all(counter is None for counter in counters):  # Transformer Engine's counts per group
             for group in part.optimizer.param_groups:
                 group["step"] = step
 
@@ -89,13 +88,13 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
 
 
 def _prime(part: DistributedOptimizer) -> None:
-    """Give a fresh torch AdamW its state; Megatron Core expects at least one step in it."""
-    if not isinstance(part.optimizer, torch.optim.AdamW) or part.optimizer.state:
+    """Give a fresh optimizer its state; Megatron Core expects at least one step in it."""
+    inner = part.optimizer
+    if inner.state or not isinstance(inner, (torch.optim.AdamW, LaProp)):
         return
-    for group in part.optimizer.param_groups:
+    for group in inner.param_groups:
         for parameter in group["params"]:
-            part.optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+            state = LaProp.fresh_state(parameter)
+            if isinstance(inner, torch.optim.AdamW):  # fused, it counts on the device
+                state["step"] = state["step"].to(parameter.device)
+            inner.state[parameter] = state

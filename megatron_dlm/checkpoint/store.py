@@ -37,6 +37,7 @@ from megatron_dlm.checkpoint.state import (
     restore_model,
     restore_optimizer,
 )
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.schema import CheckpointConfig
 from megatron_dlm.models.build import LanguageModel
 from megatron_dlm.runtime.errors import AgreedError
@@ -237,11 +238,12 @@ def check_description(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> No
     and `data` (a digest, which an imported checkpoint has none of).
     """
     stored = checkpoint.manifest
-    made_with = {**stored["config"]["model"], **stored["model"]}
+    # What a checkpoint does not name is an option that came later: it had the default then.
+    made_with = {**asdict(ModelConfig()), **stored["config"]["model"], **stored["model"]}
     for name, value in expected["model"].items():
-        if made_with.get(name) != value:
+        if made_with[name] != value:
             raise ValueError(
-                f"{checkpoint.path} was made with model.{name} {made_with.get(name)}, this "
+                f"{checkpoint.path} was made with model.{name} {made_with[name]}, this "
                 f"run has {value}; use the same value or another train.output_dir"
             )
     if not stored.get(retention.WEIGHTS_ONLY) and stored["data"] != expected["data"]:

@@ -32,10 +32,25 @@ class ModelConfig:
     """Inner width of the MLP; default: 4 * hidden_size; swiglu: 8/3 of it rounded up to 64."""
     activation: Literal["swiglu", "squared_relu", "gelu"] = "swiglu"
     """MLP non-linearity."""
+    mlp_bias: bool = False
+    """Biases in the MLP; attention has none (model.megatron.add_qkv_bias gives it some)."""
     qk_layernorm: bool = True
-    """RMSNorm on every query head and key head."""
+    """RMSNorm on queries and keys."""
+    qk_layernorm_scope: Literal["head", "full"] = "head"
+    """head: every head is normalised by itself, with one gain for all; full: all heads together,
+    with a gain for each number."""
+    attn_logit_softcapping: float | None = None
+    """Attention scores s become c * tanh(s / c) with this c; default: they stay as they are."""
+    attention_sink: bool = False
+    """One more key and value per key-value head, learned and without a position, always visible."""
     normalization_epsilon: float = 1e-6
     """Epsilon of all RMSNorms."""
+    layernorm_zero_centered_gamma: bool = False
+    """RMSNorms multiply by 1 + gain, and the gain begins at 0."""
+    residual_multiplier: float = 1.0
+    """Attention and MLP outputs are multiplied by this before they join the residual stream."""
+    output_multiplier: float = 1.0
+    """Logits are multiplied by this."""
     rotary_base: int = 10_000
     """Base period of the rotary position embedding."""
     rope_scaling_factor: float | None = None
@@ -54,6 +69,9 @@ class ModelConfig:
     """Dropout probability of the attention weights."""
     init_method_std: float = 0.02
     """Standard deviation of initial weights; residual outputs get std / sqrt(2 * num_layers)."""
+    output_init_std: float | None = None
+    """Standard deviation of the initial output layer, 0 for zeros; default: init_method_std. Needs
+    untie_embeddings_and_output_weights."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation; auto takes Transformer Engine where it is installed with a GPU."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
@@ -74,10 +92,13 @@ class ModelConfig:
                 "make_vocab_size_divisible_by": self.make_vocab_size_divisible_by,
                 "init_method_std": self.init_method_std,
                 "rotary_base": self.rotary_base,
+                "residual_multiplier": self.residual_multiplier,
+                "output_multiplier": self.output_multiplier,
                 "recompute_num_layers": self.recompute_num_layers,
             },
         )
-        for name in ("num_query_groups", "kv_channels", "ffn_hidden_size", "vocab_size"):
+        optional = ("num_query_groups", "kv_channels", "ffn_hidden_size", "vocab_size")
+        for name in (*optional, "attn_logit_softcapping"):
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name} is {value}; it must be positive")
         factor = self.rope_scaling_factor
@@ -86,6 +107,7 @@ class ModelConfig:
             f"model.rope_scaling_factor is {factor}; it must be at least 1",
         )
         self._check_heads()
+        self._check_output()
         dropouts = {
             "hidden_dropout": self.hidden_dropout,
             "attention_dropout": self.attention_dropout,
@@ -108,6 +130,20 @@ class ModelConfig:
             self.num_attention_heads % self.query_groups == 0,
             f"model.num_attention_heads {self.num_attention_heads} is not a multiple of "
             f"model.num_query_groups {self.query_groups}",
+        )
+        require(
+            self.qk_layernorm or self.qk_layernorm_scope == "head",
+            f"model.qk_layernorm_scope {self.qk_layernorm_scope} has no meaning with "
+            "model.qk_layernorm false; remove it",
+        )
+
+    def _check_output(self) -> None:
+        std = self.output_init_std
+        require(std is None or std >= 0, f"model.output_init_std is {std}; it must be at least 0")
+        require(
+            std is None or self.untie_embeddings_and_output_weights,
+            f"model.output_init_std is {std}, but the output layer is the embedding; set "
+            "model.untie_embeddings_and_output_weights true",
         )
 
     @property
@@ -145,8 +181,15 @@ WEIGHT_FIELDS = (
     "kv_channels",
     "ffn_hidden_size",
     "activation",
+    "mlp_bias",
     "qk_layernorm",
+    "qk_layernorm_scope",
+    "attn_logit_softcapping",
+    "attention_sink",
     "normalization_epsilon",
+    "layernorm_zero_centered_gamma",
+    "residual_multiplier",
+    "output_multiplier",
     "rotary_base",
     "rope_scaling_factor",
     "vocab_size",

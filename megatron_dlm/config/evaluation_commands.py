@@ -25,11 +25,11 @@ class EvaluateConfig:
     limit: int | None = None
     """Score only this many windows of every dataset, or examples of every task."""
     num_samples: int | None = None
-    """Masked diffusion: draws of noise per window (default 4) or answer (default 128; answers of
+    """Diffusion: draws of noise per window (default 4) or answer (default 128; masked answers of
     one token always take one)."""
     enumerate_masks: Literal["auto", "never", "always"] = "auto"
-    """tasks, masked diffusion: score an answer on every set of masks instead of drawn ones; auto
-    does where that takes no more than num_samples passes."""
+    """tasks, masked and block diffusion: score an answer (a block of it) on every set of masks
+    instead of drawn ones; auto does where that takes no more than num_samples passes."""
     max_new_tokens: int = 256
     """tasks: longest text to generate where the task does not say."""
     seed: int = 0

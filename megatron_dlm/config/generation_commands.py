@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from megatron_dlm.config.checks import require, require_positive
+from megatron_dlm.config.objective import ObjectiveKind
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class GenerateConfig:
     model: str | None = None
     """Run directory (its newest checkpoint), one checkpoint, or Hugging Face directory."""
     compare: list[str] = field(default_factory=list)
-    """Two or more models instead of one: their texts side by side. Options of masked diffusion
-    then concern the masked models alone."""
+    """Two or more models instead of one: their texts side by side. Options of one kind of model
+    then concern the models of that kind alone."""
     prompt: list[str] = field(default_factory=list)
     """Texts to continue; "" begins a text. One that starts with [ is written as a YAML list."""
     prompts_file: str | None = None
@@ -43,22 +44,42 @@ class GenerateConfig:
         "top_margin",
         "entropy",
     ] = "auto"
-    """Masked: which masks a step reveals. first_hitting: the exact reverse process, one token per
-    pass; ancestral: the same in num_steps steps; random: equal shares; low_confidence, top_margin,
-    entropy: equal shares, surest first. auto: low_confidence with a threshold, ancestral with
-    num_steps, else first_hitting."""
+    """Masked, block: which masks a step reveals. first_hitting: the exact reverse process, one
+    token per pass; ancestral: the same in num_steps steps; random: equal shares; low_confidence,
+    top_margin, entropy: equal shares, surest first. auto: low_confidence with a threshold,
+    ancestral with num_steps, else first_hitting."""
     num_steps: int | None = None
-    """Masked: steps per text; a multiple of its number of blocks. Default: one per token."""
+    """Diffusion: steps per text. Masked: a multiple of the number of blocks; masked and block: by
+    default one per token. Hybrid: by default 128, or one per tokens_per_step tokens if adaptive."""
     block_size: int | None = None
-    """Masked: fill blocks of this many tokens from left to right. Default: all at once."""
+    """Masked: fill blocks of this many tokens from left to right. Default: all at once. (Block
+    diffusion takes the size it was trained with.)"""
     threshold: float | None = None
-    """Masked: a step reveals all tokens that are more probable than this, at least one."""
+    """Masked, block: a step reveals all tokens that are more probable than this, at least one."""
     guidance: float = 0.0
     """Masked: weight of classifier-free guidance by the prompt; two passes per step."""
     cache: Literal["exact", "none", "prompt", "prefix", "dual"] = "exact"
-    """Reuse of keys and values. exact: all that changes nothing (autoregressive: every token is
-    computed once; masked: none). Masked, approximate: prompt: the prompt's; prefix: all left of
-    the block; dual: all but the block."""
+    """Reuse of keys and values. exact: all that changes nothing (autoregressive and block: what is
+    finished is computed once; hybrid: a prompt that sees no noise; masked: none). Masked,
+    approximate: prompt: the prompt's; prefix: all left of the block; dual: all but the block."""
+    method: Literal["ancestral", "adaptive"] = "ancestral"
+    """Hybrid. ancestral: the reverse process in num_steps steps; adaptive: every step replaces the
+    tokens that are the least probable beside the likeliest."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """Hybrid, ancestral: how the share of noise falls over the steps."""
+    prior: Literal["noise", "mask", "uniform"] = "noise"
+    """Hybrid: the text before the first step: as in training, masks, or uniform tokens."""
+    tokens_per_step: int = 1
+    """Hybrid, adaptive: tokens that one step may replace."""
+    patience: int | None = None
+    """Hybrid, adaptive: stop after so many steps in a row that change nothing."""
+    correction_steps: int = 0
+    """Hybrid: then, up to so many times, replace the token that the model finds least likely beside
+    its own choice; needs uniform noise in training."""
+    correction_temperature: float = 0.1
+    """Hybrid: temperature of the tokens that corrections draw."""
+    correction_patience: int = 32
+    """Hybrid: stop corrections after so many in a row without a better text."""
     stop: bool = True
     """End a text at the end-of-document token."""
     seed: int = 0
@@ -110,16 +131,43 @@ class GenerateConfig:
             "live draws on standard output, where output - writes; give output a file name",
         )
 
-    @property
-    def masked_options(self) -> dict[str, object]:
-        """Those that only masked diffusion has, as far as they were set."""
-        unset: dict[str, tuple[object, ...]] = {
-            "order": ("auto",),
-            "num_steps": (None,),
-            "block_size": (None,),
-            "threshold": (None,),
-            "guidance": (0.0,),
-            "cache": ("exact", "none"),
+    def foreign_options(self, kind: ObjectiveKind) -> dict[str, object]:
+        """Those that models of this kind do not have, as far as they were set."""
+        found = {}
+        for name, kinds in _KINDS_OF_OPTION.items():
+            value = getattr(self, name)
+            is_set = value != self.__dataclass_fields__[name].default
+            is_common = name == "cache" and value == "none"
+            if is_set and not is_common and kind not in kinds:
+                found[name] = value
+        return found
+
+    def of_kind(self, kind: ObjectiveKind) -> GenerateConfig:
+        """The same without the options that models of this kind do not have."""
+        defaults: dict[str, Any] = {
+            name: self.__dataclass_fields__[name].default for name in self.foreign_options(kind)
         }
-        found = {name: getattr(self, name) for name in unset}
-        return {name: value for name, value in found.items() if value not in unset[name]}
+        return replace(self, **defaults)
+
+
+def kinds_of_option(name: str) -> tuple[ObjectiveKind, ...]:
+    """The kinds of models that have an option of `foreign_options`."""
+    return _KINDS_OF_OPTION[name]
+
+
+_KINDS_OF_OPTION: dict[str, tuple[ObjectiveKind, ...]] = {
+    "order": ("masked", "block"),
+    "num_steps": ("masked", "block", "hybrid"),
+    "block_size": ("masked",),
+    "threshold": ("masked", "block"),
+    "guidance": ("masked",),
+    "cache": ("masked",),
+    "method": ("hybrid",),
+    "schedule": ("hybrid",),
+    "prior": ("hybrid",),
+    "tokens_per_step": ("hybrid",),
+    "patience": ("hybrid",),
+    "correction_steps": ("hybrid",),
+    "correction_temperature": ("hybrid",),
+    "correction_patience": ("hybrid",),
+}

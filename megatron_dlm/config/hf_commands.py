@@ -68,8 +68,8 @@ class ImportConfig:
     """Hugging Face directory: Qwen3, Qwen2 or Qwen2.5, Llama, or one that `export` wrote."""
     output_dir: str
     """Run directory to make: checkpoints/iter_0000000, tokenizer/ and imported.yaml."""
-    objective: Literal["same", "autoregressive", "masked"] = "same"
-    """What the run will learn; masked gives an autoregressive model a mask token."""
+    objective: Literal["same", "autoregressive", "masked", "hybrid", "block"] = "same"
+    """What the run will learn; all but autoregressive give an autoregressive model a mask token."""
     mask_token_id: int | None = None
     """Row that becomes the mask; default: the mask the model or its tokenizer has, else the first
     row behind the tokenizer's, which is added where there is none."""

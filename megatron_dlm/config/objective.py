@@ -5,6 +5,7 @@ Attribute docstrings are the `--help` text; rules that span sections live in `co
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -80,8 +81,8 @@ class ObjectiveConfig:
     time_floor: float = 1e-3
     """masked, block: smallest noise time t; keeps the weight 1/t finite."""
     time_curriculum_steps: int = 0
-    """masked: over this many steps times are drawn around a mean that moves from clean (0) to noisy
-    (1), afterwards as ever; 0 is no curriculum."""
+    """masked: over this many steps training draws times around a mean that moves from clean (0) to
+    noisy (1), afterwards as ever; 0 is no curriculum."""
     time_curriculum_width: float = 0.2
     """masked: standard deviation of the times around the mean of the curriculum."""
     variable_length_probability: float = 0.0
@@ -99,18 +100,21 @@ class ObjectiveConfig:
     noise_bias: float | None = None
     """hybrid: b itself, instead of the one of noise_type."""
     noise_scale: float = 1.0
-    """hybrid: a, how fast noise turns from uniform to mask as it grows; 0 keeps it as it is."""
+    """hybrid: a in [0, 1], how fast noise turns from uniform to mask as it grows; 0: not at all."""
     uniform_probability: float = 0.0
     """hybrid, noise_type time: GIDD's p_u, the largest share of uniform tokens (at t = 1/2)."""
     independent_noise_share: float = 0.0
-    """hybrid: share of samples whose tokens each have a noise level of their own (diffusion
-    forcing)."""
+    """hybrid: share of training samples whose tokens each have a noise level of their own
+    (diffusion forcing)."""
     prompt_share: float = 0.0
-    """hybrid: share of samples with a clean prompt, not scored and blind to noisy tokens."""
+    """hybrid: share of training samples with a clean prompt, not scored and blind to what is
+    behind it."""
     infilling_share: float = 0.0
-    """hybrid: share of samples with clean tokens at random places, treated as a prompt is."""
+    """hybrid: share of training samples with clean tokens at random places, treated as a prompt
+    is; none has both."""
     empty_token_share: float = 0.0
-    """hybrid: up to this share of a sample becomes pad tokens at random places (its end is cut)."""
+    """hybrid: up to this share of a training sample becomes pad tokens at random places; the text
+    moves back, its end is cut off."""
     block_size: int = 4
     """block: tokens in one block; 1 is autoregressive, model.seq_length is masked diffusion."""
     lowest_mask_rate: float = 0.0
@@ -137,10 +141,11 @@ class ObjectiveConfig:
                 "block_size": self.block_size,
             },
         )
-        for name in ("time_curriculum_steps", "attention_annealing_steps", "noise_scale"):
+        for name in ("time_curriculum_steps", "attention_annealing_steps"):
             value = getattr(self, name)
             require(value >= 0, f"objective.{name} is {value}; it must be at least 0")
         self._check_kind()
+        self._check_noise()
 
     def _check_fractions(self) -> None:
         names = (
@@ -149,6 +154,7 @@ class ObjectiveConfig:
             "independent_noise_share",
             "prompt_share",
             "infilling_share",
+            "noise_scale",
             "lowest_mask_rate",
             "highest_mask_rate",
         )
@@ -164,6 +170,11 @@ class ObjectiveConfig:
             self.lowest_mask_rate < self.highest_mask_rate,
             f"objective.lowest_mask_rate {self.lowest_mask_rate} must be below "
             f"objective.highest_mask_rate {self.highest_mask_rate}",
+        )
+        require(
+            self.prompt_share + self.infilling_share <= 1,
+            f"objective.prompt_share {self.prompt_share} and objective.infilling_share "
+            f"{self.infilling_share} add up to more than 1; no sample is both",
         )
 
     def _check_kind(self) -> None:
@@ -184,6 +195,8 @@ class ObjectiveConfig:
             f"objective.weighting count draws the number of masks uniformly, which is the linear "
             f"schedule; objective.schedule is {self.schedule}",
         )
+
+    def _check_noise(self) -> None:
         is_time = self.noise_type == "time"
         require(
             is_time or self.uniform_probability == 0,
@@ -191,9 +204,25 @@ class ObjectiveConfig:
             f"{self.noise_type}; use objective.noise_bias",
         )
         require(
+            is_time or self.weighting != "dynamic",
+            f"objective.weighting dynamic is made for objective.noise_type time, not "
+            f"{self.noise_type}; use surrogate",
+        )
+        require(
             not is_time or (self.noise_bias is None and self.noise_scale == 1.0),
             "objective.noise_type time mixes by objective.uniform_probability; remove "
             "objective.noise_bias and objective.noise_scale",
+        )
+        require(
+            self.noise_bias is None or math.isfinite(self.noise_bias),
+            f"objective.noise_bias is {self.noise_bias}; use 1000 or -1000 for all uniform or all "
+            "masks",
+        )
+        default = self.__dataclass_fields__["noise_type"].default
+        require(
+            self.noise_bias is None or self.noise_type == default,
+            f"objective.noise_bias {self.noise_bias} and objective.noise_type {self.noise_type} "
+            "name two kinds of noise; remove one",
         )
 
     @property

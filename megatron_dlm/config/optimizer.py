@@ -45,9 +45,8 @@ class OptimizerConfig:
     model.residual_multiplier 4 / num_layers and model.output_multiplier 512 / hidden_size."""
     bulk_init_scale: float = 0.4
     """completep: matrices of the layers start with std bulk_init_scale / sqrt(hidden_size) and
-    learn at lr / hidden_size, with decay weight_decay * hidden_size."""
-    output_layer_init_std: float = 0.0
-    """completep: std of the initial output layer; the embedding keeps init_method_std."""
+    learn at lr / hidden_size, with decay weight_decay * hidden_size; embedding and output layer
+    start as always."""
     auxiliary_lr_scale: float = 0.02
     """completep: embedding, output layer, norms and biases learn at this share of lr, without
     decay."""
@@ -62,12 +61,12 @@ class OptimizerConfig:
                 f"optimizer.adam_beta2_by_batch has {batch_size}: {beta}; it maps batch sizes of "
                 "at least 1 to values in [0, 1)",
             )
-        for name in ("weight_decay", "clip_grad", "output_layer_init_std"):
+        for name in ("weight_decay", "clip_grad"):
             value = getattr(self, name)
             require(value >= 0, f"optimizer.{name} is {value}; must be >= 0")
         scales = ("bulk_init_scale", "auxiliary_lr_scale")
         require_positive("optimizer", {name: getattr(self, name) for name in scales})
-        for name in (*scales, "output_layer_init_std"):
+        for name in scales:
             is_default = getattr(self, name) == self.__dataclass_fields__[name].default
             require(
                 self.parametrization == "completep" or is_default,

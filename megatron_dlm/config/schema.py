@@ -73,6 +73,9 @@ class TrainConfig:
     """Samples in one step, over all ranks."""
     micro_batch_size: int = 1
     """Samples of one rank in one forward pass."""
+    loss_chunk_slots: int | None = None
+    """Run output layer and loss on this many scored slots at a time, so that the logits of a whole
+    micro-batch never live together; default: on all at once."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the forward and backward pass; optimizer state is always fp32."""
     seed: int = 1234
@@ -100,6 +103,11 @@ class TrainConfig:
             "micro_batch_size": self.micro_batch_size,
         }
         require_positive("train", batch)
+        chunk = self.loss_chunk_slots
+        require(
+            chunk is None or chunk > 0,
+            f"train.loss_chunk_slots is {chunk}; it must be greater than 0",
+        )
 
 
 @dataclass(frozen=True)

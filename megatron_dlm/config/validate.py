@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_dlm.config.checks import require
 from megatron_dlm.config.derive import num_micro_batches, resolve, total_steps, world_size_of
 from megatron_dlm.config.objective import AttentionPattern
+from megatron_dlm.config.optimizer import check_completep
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.config.tokenizer_metadata import read_tokenizer_metadata
 
@@ -21,6 +22,7 @@ def check(config: RunConfig, world_size: int) -> None:
     check_layout(config, world_size)
     check_tokens(config)
     _check_attention(config)
+    check_completep(config.optimizer, config.model)
     _check_length(config)
     require(
         bool(config.data.train),

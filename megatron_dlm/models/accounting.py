@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
 from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
@@ -71,6 +72,8 @@ class BatchLayout:
     num_micro_batches: int
     data_parallel_size: int
     precision: str
+    loss_chunk_slots: int | None = None
+    """Scored slots whose logits exist at once; None is those of a whole micro-batch."""
 
 
 def layer_matrices(model: ModelConfig) -> int:
@@ -81,47 +84,117 @@ def layer_matrices(model: ModelConfig) -> int:
     return attention + num_mlp_matrices * model.hidden_size * model.ffn_size
 
 
-def layer_norms(model: ModelConfig) -> int:
-    """Weights of one layer that every TP rank holds whole."""
-    return 2 * model.hidden_size + (2 * model.head_size if model.qk_layernorm else 0)
+def layer_vectors_split(model: ModelConfig) -> int:
+    """Other numbers of one layer that tensor parallelism splits: biases, sinks, wide norms."""
+    attention_width, key_value_width = _widths(model)
+    numbers = 0
+    if model.mlp_bias:
+        numbers += model.ffn_size * (2 if model.activation == "swiglu" else 1)
+    if model.megatron.get("add_qkv_bias"):
+        numbers += attention_width + 2 * key_value_width
+    if model.qk_layernorm and model.qk_layernorm_scope == "full":
+        numbers += attention_width + key_value_width
+    if model.attention_sink:
+        numbers += 2 * key_value_width
+    return numbers
+
+
+def layer_vectors_whole(model: ModelConfig) -> int:
+    """Numbers of one layer that every TP rank holds whole: norms, and the bias behind the MLP."""
+    norms = 2 * model.hidden_size
+    if model.qk_layernorm and model.qk_layernorm_scope == "head":
+        norms += 2 * model.head_size
+    return norms + (model.hidden_size if model.mlp_bias else 0)
 
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
     """Trainable numbers of the model; rows that only pad the vocabulary are included."""
     embedding = model.padded_vocab_size * model.hidden_size
+    layer = layer_matrices(model) + layer_vectors_split(model) + layer_vectors_whole(model)
     return ParameterCount(
         embedding=embedding,
-        layers=model.num_layers * (layer_matrices(model) + layer_norms(model)),
+        layers=model.num_layers * layer,
         final_norm=model.hidden_size,
         output_layer=embedding if model.untie_embeddings_and_output_weights else 0,
     )
 
 
 def mean_scored_share(objective: ObjectiveConfig) -> float:
-    """Expected share of slots that reach the output layer: the mean mask rate over t ~ U(0, 1)."""
+    """Expected share of a sample's slots that reach the output layer.
+
+    Autoregressive: all. Masked: the mean mask rate. Block: the same between the rates it trains on.
+    Hybrid: noise that is all mask scores the masks, half of the slots, any other noise all slots;
+    prompts and the given tokens of infilling, on average half of a sample, are never scored.
+    """
     if objective.kind == "autoregressive":
         return 1.0
-    rates = {
-        "linear": 1 / 2,
-        "cosine": 2 / math.pi,  # mask rate sin(pi/2 t)
-        "polynomial": 1 / (objective.schedule_exponent + 1),
-    }
-    return rates[objective.schedule]
+    if objective.kind == "hybrid":
+        noised = 0.5 if _is_all_mask(objective) else 1.0
+        return noised * (1 - min(objective.prompt_share + objective.infilling_share, 1.0) / 2)
+    low, high = objective.lowest_mask_rate, objective.highest_mask_rate
+    if objective.weighting == "count":  # one mask or more, and as many as tokens at most
+        floor = 1 / (2 * objective.block_size) if objective.kind == "block" else 0.0
+        return min((low + high) / 2 + floor, 1.0)
+    return _mean_mask_rate(objective, low, high)
+
+
+def _mean_mask_rate(objective: ObjectiveConfig, low: float, high: float) -> float:
+    """Over times spread evenly between those of two mask rates."""
+    if objective.schedule == "linear":
+        return (low + high) / 2
+    if objective.schedule == "cosine":  # mask rate sin(pi/2 t)
+        first, last = (math.asin(rate) for rate in (low, high))
+        return (math.cos(first) - math.cos(last)) / (last - first)
+    exponent = objective.schedule_exponent  # mask rate t^w
+    first, last = (rate ** (1 / exponent) for rate in (low, high))
+    integral = (last ** (exponent + 1) - first ** (exponent + 1)) / (exponent + 1)
+    return integral / (last - first)
+
+
+def _is_all_mask(objective: ObjectiveConfig) -> bool:
+    if objective.noise_type == "time":
+        return objective.uniform_probability == 0
+    if objective.noise_bias is not None:
+        return objective.noise_bias < -200  # uniform noise is then less than fp32 can tell from 0
+    return objective.noise_type == "masked"
+
+
+def slots_per_token(objective: ObjectiveConfig) -> int:
+    """Slots the model sees for each token of a sample: 2 for [noisy; clean]."""
+    return 2 if objective.attention is AttentionPattern.BLOCK else 1
+
+
+def visible_keys_per_token(model: ModelConfig, objective: ObjectiveConfig) -> float:
+    """Keys that the queries of one token of a sample see, on average over the sample.
+
+    S where attention is bidirectional (a mask hides less than the kernels skip), (S + 1) / 2 where
+    it is causal. Blocks: both queries of a token see as many keys as there are tokens up to the end
+    of its block. A sink is one more key for every query.
+    """
+    length = model.seq_length
+    visible = float(length)
+    if objective.attention is AttentionPattern.CAUSAL:
+        visible = (length + 1) / 2
+    elif objective.attention is AttentionPattern.BLOCK:
+        block = objective.block_size
+        ends = [min(start + block, length) for start in range(0, length, block)]
+        pairs = sum((end - start) * end for start, end in pairwise([0, *ends]))
+        visible = 2 * pairs / length
+    return visible + (slots_per_token(objective) if model.attention_sink else 0)
 
 
 def forward_flops_per_token(model: ModelConfig, objective: ObjectiveConfig) -> FlopCount:
     """Matrix products of one forward pass, per token of a sample.
 
-    Attention is counted as computed by a kernel that skips what the pattern hides: a query sees S
-    keys when bidirectional and (S + 1) / 2 on average when causal, so bidirectional attention costs
-    twice the causal. Norms, activations and softmax are not counted.
+    Attention is counted as computed by a kernel that skips what the pattern hides, see
+    `visible_keys_per_token`: bidirectional attention costs twice the causal. Blocks run every token
+    twice, noisy and clean. Norms, activations and softmax are not counted.
     """
     attention_width, _ = _widths(model)
-    is_causal = objective.attention is AttentionPattern.CAUSAL
-    visible_keys = (model.seq_length + 1) / 2 if is_causal else model.seq_length
     output_rows = model.padded_vocab_size * model.hidden_size
+    visible_keys = visible_keys_per_token(model, objective)
     return FlopCount(
-        linear=2.0 * model.num_layers * layer_matrices(model),
+        linear=2.0 * model.num_layers * layer_matrices(model) * slots_per_token(objective),
         attention=4.0 * model.num_layers * attention_width * visible_keys,
         output_layer=2.0 * output_rows * mean_scored_share(objective),
     )
@@ -158,9 +231,9 @@ def memory_per_rank(
 def activation_bytes_per_token(
     model: ModelConfig, parallel: ParallelConfig, element_bytes: int
 ) -> float:
-    """Bytes that one layer keeps for its backward pass, per token.
+    """Bytes that one layer keeps for its backward pass, per slot (see `slots_per_token`).
 
-    Kept per token, in elements: input and output of both norms (4h, split by sequence parallelism
+    Kept per slot, in elements: input and output of both norms (4h, split by sequence parallelism
     only), and split over TP: query, key, value (a + 2k), the same again where they are normalised
     (a + k), attention output (a), MLP (3f with a gate, 2f without). Fused attention keeps no S * S
     scores. Dropout adds a mask of one byte per element. Full recompute keeps the input of a unit.
@@ -191,22 +264,37 @@ def _memory_of_stage(
     parameters = stage_parameters(model, parallel, is_first=is_first, is_last=is_last)
     moments_bytes = 12 if batch.precision == "bf16" else 8
     tokens = batch.micro_batch_size * model.seq_length / parallel.context_parallel_size
+    slots = tokens * slots_per_token(objective)
     layers = model.num_layers / parallel.pipeline_model_parallel_size
     per_layer = activation_bytes_per_token(model, parallel, element_bytes)
-    activations = per_layer * layers * tokens * _in_flight(parallel, batch, is_first=is_first)
+    activations = per_layer * layers * slots * _in_flight(parallel, batch, is_first=is_first)
     if model.recompute_granularity == "full":  # one unit is being computed again
         kept_whole = activation_bytes_per_token(_without_recompute(model), parallel, element_bytes)
-        activations += kept_whole * model.recompute_num_layers * tokens
-    # A logit of a scored slot is there in the training precision, in fp32 and as a gradient.
-    scored_tokens = tokens * mean_scored_share(objective) if is_last else 0.0
-    logit_bytes = model.padded_vocab_size / tensor_size * (2 * element_bytes + 4)
+        activations += kept_whole * model.recompute_num_layers * slots
+    scored_slots = tokens * mean_scored_share(objective) if is_last else 0.0
     return MemoryEstimate(
         weights=parameters * element_bytes,
         gradients=parameters * 4.0,
         optimizer=parameters * moments_bytes / batch.data_parallel_size,
         activations=activations,
-        logits=scored_tokens * logit_bytes,
+        logits=_logit_bytes(model, batch, scored_slots, tensor_size=tensor_size),
     )
+
+
+def _logit_bytes(
+    model: ModelConfig, batch: BatchLayout, scored_slots: float, *, tensor_size: int
+) -> float:
+    """A logit is there in the training precision, in fp32 and as a gradient.
+
+    A loss in chunks has only those of one chunk, but also the gradients of all scored hidden states
+    and, in fp32, of the output layer before they join the others.
+    """
+    element_bytes = 2 if batch.precision == "bf16" else 4
+    rows, chunk = model.padded_vocab_size / tensor_size, batch.loss_chunk_slots
+    if chunk is None or scored_slots == 0:
+        return scored_slots * rows * (2 * element_bytes + 4)
+    gradients = model.hidden_size * (element_bytes * scored_slots + 4 * rows)
+    return min(scored_slots, float(chunk)) * rows * (2 * element_bytes + 4) + gradients
 
 
 def stage_parameters(
@@ -215,7 +303,8 @@ def stage_parameters(
     """Numbers that one rank of a pipeline stage holds."""
     tensor_size = parallel.tensor_model_parallel_size
     layers = model.num_layers / parallel.pipeline_model_parallel_size
-    parameters = layers * (layer_matrices(model) / tensor_size + layer_norms(model))
+    split = layer_matrices(model) + layer_vectors_split(model)
+    parameters = layers * (split / tensor_size + layer_vectors_whole(model))
     table = model.padded_vocab_size * model.hidden_size / tensor_size
     # A tied table is one tensor only where both of its ends are on this rank.
     is_shared = is_first and is_last and not model.untie_embeddings_and_output_weights

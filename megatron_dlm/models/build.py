@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
-from megatron_dlm.config.objective import ObjectiveConfig
+from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
+from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.models.layer_specs import block_spec
 from megatron_dlm.models.packed import PackedDocuments
 from megatron_dlm.models.parametrization import initialize_weights
+from megatron_dlm.models.rotary import TwofoldRotary
 from megatron_dlm.models.transformer_config import transformer_config
 from megatron_dlm.runtime.device import Device
 from megatron_dlm.runtime.parallel import ParallelContext
+
+HeadLoss = Callable[[nn.Module, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""Output layer, hidden states [n, h] of the scored slots, weight (None: the layer's) -> the sums of
+`chunked_loss`."""
 
 
 class LanguageModel(GPTModel):
     """GPTModel whose output layer runs only on the slots that are scored."""
 
-    def __init__(self, **arguments: object) -> None:
+    def __init__(
+        self, *, attention: AttentionPattern, output_multiplier: float, **arguments: object
+    ) -> None:
         super().__init__(**arguments)
+        self.output_multiplier = output_multiplier
+        if attention is AttentionPattern.BLOCK:
+            self.rotary_pos_emb: nn.Module = TwofoldRotary(self.rotary_pos_emb)
         if self.post_process and self.output_layer.sequence_parallel:
             # The slots are chosen from whole sequences: we gather, and the gather's backward pass
             # already sums the input gradients over the TP ranks.
@@ -36,16 +49,18 @@ class LanguageModel(GPTModel):
         scored: Tensor | None = None,
         packed: PackedDocuments | None = None,
         attention_mask: Tensor | None = None,
-    ) -> Tensor:
+        loss: HeadLoss | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """One pass of this chunk.
 
-        tokens, position_ids: int64 [b, s] (None behind the first stage). scored: bool [b, s], read
-        by the last stage only; None scores every slot. packed: the documents of the micro-batch,
+        tokens, position_ids: int64 [b, s] (None behind the first stage); where attention is BLOCK,
+        s is 2S: noisy, then clean slots, both at positions 0 to S-1. scored: bool [b, s], read by
+        the last stage only; None scores every slot. packed: the documents of the micro-batch,
         given to every stage; attention stays inside each of them, and the rows run as one sequence
         [1, b * s]. attention_mask: bool [b or 1, 1, s, s], True hides a key; given to every stage
         of a model whose attention is ARBITRARY. Returns logits [n, V/tp] of the n scored slots in
-        row-major [b, s] order, or hidden states [s, b, h] ([b * s, 1, h] when packed) before the
-        last stage.
+        row-major [b, s] order, with `loss` its sums instead (see `chunked_loss`), and before the
+        last stage hidden states [s, b, h] ([b * s, 1, h] when packed).
         """
         if packed is not None:
             tokens, position_ids, scored = map(_one_row, (tokens, position_ids, scored))
@@ -58,16 +73,22 @@ class LanguageModel(GPTModel):
             rotary_pos_emb=rotary,
             packed_seq_params=packed,
         )
-        return self._logits(hidden, scored) if self.post_process else hidden
+        return self._head(hidden, scored, loss) if self.post_process else hidden
 
-    def _logits(self, hidden: Tensor, scored: Tensor | None) -> Tensor:
+    def _head(
+        self, hidden: Tensor, scored: Tensor | None, loss: HeadLoss | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.pg_collection.tp)
         hidden = hidden.transpose(0, 1)  # [b, s, h]
         rows = hidden.flatten(0, 1) if scored is None else hidden[scored]
+        if self.output_multiplier != 1.0:  # of the logits; there are fewer numbers here
+            rows = rows * self.output_multiplier
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
-        logits, _ = self.output_layer(rows, weight=weight)
+        if loss is not None:
+            return loss(self.output_layer, rows, weight)
+        logits: Tensor = self.output_layer(rows, weight=weight)[0]
         return logits
 
 
@@ -84,9 +105,11 @@ def build_model(
     seed: int,
     device: Device,
     parallel: ParallelContext,
+    optimizer: OptimizerConfig | None = None,
 ) -> list[LanguageModel]:
     """This rank's chunks of the model, initialised; one per virtual pipeline stage.
 
+    The parametrization of `optimizer` says how wide the initial weights are; None is the standard.
     Raises ValueError when the options are impossible (see `transformer_config`).
     """
     config = transformer_config(model, parallel_config, precision=precision, device=device)
@@ -95,7 +118,7 @@ def build_model(
         chunk = _build_chunk(model, config, objective, number=number, parallel=parallel)
         chunk.to(device=device.torch_device, dtype=config.params_dtype)
         sharded = chunk.sharded_state_dict(metadata=sharding_metadata(parallel))
-        initialize_weights(sharded, model, seed)
+        initialize_weights(sharded, model, seed, optimizer=optimizer or OptimizerConfig())
         chunks.append(chunk)
     return chunks
 
@@ -121,7 +144,15 @@ def _build_chunk(
     virtual_stage = number if parallel.virtual_pipeline_size else None
     return LanguageModel(
         config=config,
-        transformer_layer_spec=block_spec(config, objective, virtual_stage=virtual_stage),
+        attention=objective.attention,
+        output_multiplier=model.output_multiplier,
+        transformer_layer_spec=block_spec(
+            config,
+            model,
+            objective,
+            tp_group=parallel.groups.tp,
+            virtual_stage=virtual_stage,
+        ),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.seq_length,
         pre_process=parallel.holds_first_stage(number),

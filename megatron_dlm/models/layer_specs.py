@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -13,22 +15,34 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed import ProcessGroup
 
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
-from megatron_dlm.models.attention import ScaledDotProductAttention
-from megatron_dlm.models.norms import RMSNorm
+from megatron_dlm.models.attention import AttentionOptions, CoreAttention
+from megatron_dlm.models.branches import UnbiasedSelfAttention, scaled_addition
+from megatron_dlm.models.norms import FullWidthRMSNorm, RMSNorm
 
 _MASK_TYPES = {
     AttentionPattern.CAUSAL: AttnMaskType.causal,
     AttentionPattern.BIDIRECTIONAL: AttnMaskType.no_mask,
+    # Read by Transformer Engine only, which never computes these.
+    AttentionPattern.ARBITRARY: AttnMaskType.arbitrary,
+    AttentionPattern.BLOCK: AttnMaskType.arbitrary,
 }
 
 
 def block_spec(
-    config: TransformerConfig, objective: ObjectiveConfig, *, virtual_stage: int | None
+    config: TransformerConfig,
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    *,
+    tp_group: ProcessGroup,
+    virtual_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk and its final norm."""
-    if config.transformer_impl == "transformer_engine":
+    has_engine = config.transformer_impl == "transformer_engine"
+    if has_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer, norm = (
@@ -37,7 +51,18 @@ def block_spec(
         )
     else:
         layer, norm = _local_layer(config), RMSNorm
-    layer.submodules.self_attention.params["attn_mask_type"] = _MASK_TYPES[objective.attention]
+    parts = layer.submodules
+    attention = parts.self_attention
+    attention.params["attn_mask_type"] = _MASK_TYPES[objective.attention]
+    options = _attention_options(model, objective)
+    if not (has_engine and options.is_fused):
+        attention.submodules.core_attention = partial(CoreAttention, options=options)
+    if model.qk_layernorm and model.qk_layernorm_scope == "full":
+        _normalise_full_width(attention, model, tp_group)
+    if model.mlp_bias:
+        attention.module = UnbiasedSelfAttention
+    if model.residual_multiplier != 1.0:
+        parts.self_attn_bda = parts.mlp_bda = scaled_addition(model.residual_multiplier)
     num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
@@ -47,7 +72,27 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = ScaledDotProductAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return layer
+
+
+def _attention_options(model: ModelConfig, objective: ObjectiveConfig) -> AttentionOptions:
+    is_blocks = objective.attention is AttentionPattern.BLOCK
+    return AttentionOptions(
+        pattern=objective.attention,
+        block_size=objective.block_size if is_blocks else None,
+        soft_cap=model.attn_logit_softcapping,
+        has_sink=model.attention_sink,
+    )
+
+
+def _normalise_full_width(
+    attention: ModuleSpec, model: ModelConfig, tp_group: ProcessGroup
+) -> None:
+    for name, num_heads in (
+        ("q_layernorm", model.num_attention_heads),
+        ("k_layernorm", model.query_groups),
+    ):
+        norm = ModuleSpec(FullWidthRMSNorm, {"num_heads": num_heads, "tp_group": tp_group})
+        setattr(attention.submodules, name, norm)

@@ -7,6 +7,7 @@ Engine's kernels take the boundaries, and Megatron Core restarts rotary position
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -21,6 +22,13 @@ class PackedDocuments(PackedSeqParams):
 
     lengths: tuple[int, ...] = ()
     """Slots of every document, in order; on the host, so that splitting waits for no device."""
+
+    @cached_property
+    def document_numbers(self) -> Tensor:
+        """int64 [t], on the device of the boundaries: 0 in the first document, 1 in the second."""
+        sizes = self.cu_seqlens_q.diff()
+        numbers = torch.arange(len(sizes), device=sizes.device)
+        return numbers.repeat_interleave(sizes, output_size=sum(self.lengths))
 
 
 def packed_sequences(document: Tensor, device: torch.device | str) -> PackedDocuments:

@@ -62,9 +62,11 @@ def _options(
         "gated_linear_unit": model.activation == "swiglu",
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.normalization_epsilon,
-        # Also needed here, not only in the layer spec, for the gradients of these norms under TP.
-        "qk_layernorm": model.qk_layernorm,
-        "add_bias_linear": False,
+        "layernorm_zero_centered_gamma": model.layernorm_zero_centered_gamma,
+        # Also needed here, not only in the layer spec: gradients of these norms are then summed
+        # over the TP ranks. Norms over the full width must stay out of that, each rank has its own.
+        "qk_layernorm": model.qk_layernorm and model.qk_layernorm_scope == "head",
+        "add_bias_linear": model.mlp_bias,
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         # The weights are filled by models/parametrization.py, whatever the layout.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.objectives.autoregressive import AutoregressiveObjective
 from megatron_dlm.objectives.base import Objective
+from megatron_dlm.objectives.block import BlockObjective
+from megatron_dlm.objectives.curricula import TimeCurriculum
+from megatron_dlm.objectives.hybrid import HybridObjective, HybridWeighting
 from megatron_dlm.objectives.masked import MaskedObjective, Weighting
+from megatron_dlm.objectives.noise import noise_path
 from megatron_dlm.objectives.schedules import build_schedule
 
 
@@ -21,8 +25,8 @@ def build_objective(
 ) -> Objective:
     """batch_size is the number of consecutive samples over which noise times are stratified.
 
-    training=False leaves out what only training wants (input masking, variable length) and always
-    stratifies the noise times.
+    training=False leaves out what only training wants (input masking, variable length, curricula,
+    prompts, noise levels of single tokens, empty tokens) and always stratifies the noise levels.
     """
     if config.kind == "autoregressive":
         ratio = config.input_masking_ratio if training else 0.0
@@ -30,18 +34,88 @@ def build_objective(
         if ratio > 0:
             mask = _checked_mask_id(mask_token_id, vocab_size, "objective.input_masking_ratio > 0")
         return AutoregressiveObjective(vocab_size, ratio, mask)
-    if config.kind != "masked":
-        raise ValueError(f"objective.kind {config.kind} is not available yet")
+    mask = _checked_mask_id(mask_token_id, vocab_size, f"objective.kind {config.kind}")
+    if config.kind == "masked":
+        return _masked(config, vocab_size, mask, batch_size=batch_size, training=training)
+    if config.kind == "hybrid":
+        return _hybrid(config, vocab_size, mask, batch_size=batch_size, training=training)
+    return _block(config, vocab_size, mask, batch_size=batch_size, training=training)
+
+
+def _masked(
+    config: ObjectiveConfig, vocab_size: int, mask: int, *, batch_size: int, training: bool
+) -> MaskedObjective:
+    curriculum = None
+    if training and config.time_curriculum_steps > 0:
+        floor = 0.0 if config.weighting == "count" else config.time_floor
+        curriculum = TimeCurriculum(
+            config.time_curriculum_steps, config.time_curriculum_width, floor
+        )
     return MaskedObjective(
         vocab_size=vocab_size,
-        mask_token_id=_checked_mask_id(mask_token_id, vocab_size, f"objective.kind {config.kind}"),
+        mask_token_id=mask,
         schedule=build_schedule(config.schedule, config.schedule_exponent),
         batch_size=batch_size,
         weighting=cast("Weighting", config.weighting),  # checked by ObjectiveConfig
         time_sampling=config.time_sampling if training else "stratified",
         time_floor=config.time_floor,
         variable_length_probability=config.variable_length_probability if training else 0.0,
+        time_curriculum=curriculum,
+        attention_annealing_steps=config.attention_annealing_steps if training else 0,
     )
+
+
+def _hybrid(
+    config: ObjectiveConfig, vocab_size: int, mask: int, *, batch_size: int, training: bool
+) -> HybridObjective:
+    pad = config.pad_token_id
+    if config.empty_token_share > 0:
+        _check_pad_id(pad, vocab_size, mask)
+    return HybridObjective(
+        vocab_size=vocab_size,
+        mask_token_id=mask,
+        path=noise_path(config),
+        batch_size=batch_size,
+        weighting=cast("HybridWeighting", config.weighting),  # checked by ObjectiveConfig
+        time_sampling=config.time_sampling if training else "stratified",
+        independent_noise_share=config.independent_noise_share if training else 0.0,
+        prompt_share=config.prompt_share if training else 0.0,
+        infilling_share=config.infilling_share if training else 0.0,
+        empty_token_share=config.empty_token_share if training else 0.0,
+        pad_token_id=pad,
+    )
+
+
+def _block(
+    config: ObjectiveConfig, vocab_size: int, mask: int, *, batch_size: int, training: bool
+) -> BlockObjective:
+    return BlockObjective(
+        vocab_size=vocab_size,
+        mask_token_id=mask,
+        schedule=build_schedule(config.schedule, config.schedule_exponent),
+        batch_size=batch_size,
+        block_size=config.block_size,
+        weighting=cast(
+            "Literal['elbo', 'count', 'unweighted']", config.weighting
+        ),  # checked by ObjectiveConfig
+        time_sampling=config.time_sampling if training else "stratified",
+        time_floor=config.time_floor,
+        lowest_mask_rate=config.lowest_mask_rate if training else 0.0,
+        highest_mask_rate=config.highest_mask_rate if training else 1.0,
+    )
+
+
+def _check_pad_id(pad: int | None, vocab_size: int, mask: int) -> None:
+    if pad is None:
+        raise ValueError(
+            "objective.empty_token_share > 0 needs objective.pad_token_id; set it or use a "
+            "tokenizer with a pad token"
+        )
+    if not 0 <= pad < vocab_size or pad == mask:
+        raise ValueError(
+            f"objective.pad_token_id is {pad}; it must lie in [0, {vocab_size}) and differ from "
+            f"objective.mask_token_id {mask}"
+        )
 
 
 def _checked_mask_id(mask_token_id: int | None, vocab_size: int, reason: str) -> int:

@@ -21,6 +21,8 @@ from megatron_dlm.objectives.base import (
     target_nll,
     weighted_sums,
 )
+from megatron_dlm.objectives.curricula import TimeCurriculum, hidden_future
+from megatron_dlm.objectives.draws import TimeSampling, level_draws
 from megatron_dlm.objectives.schedules import Schedule
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import (
@@ -29,7 +31,6 @@ from megatron_dlm.ops.counter_rng import (
     host_uniform,
     random_bits,
     to_uniform,
-    uniform,
 )
 
 Weighting = Literal["elbo", "count", "unweighted", "maskgit"]
@@ -62,6 +63,10 @@ class MaskedObjective:
     maskgit     sum of CE / number of masked tokens, both over the whole batch. Not a bound.
 
     All but maskgit average over valid tokens. "nelbo" logs the true bound whatever is trained.
+
+    While a time curriculum lasts, the trained loss keeps these weights and looks at the drawn times
+    only; "nelbo" is corrected for their law. It stays unbiased, but noisy: far from the mean of the
+    curriculum a few samples stand for all.
     """
 
     vocab_size: int
@@ -69,12 +74,18 @@ class MaskedObjective:
     schedule: Schedule
     batch_size: int
     weighting: Weighting = "elbo"
-    time_sampling: Literal["stratified", "iid"] = "stratified"
+    time_sampling: TimeSampling = "stratified"
     time_floor: float = 1e-3
     variable_length_probability: float = 0.0
+    time_curriculum: TimeCurriculum | None = None
+    attention_annealing_steps: int = 0
 
-    attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "nelbo", "masked_share", "masked_nll")
+
+    @property
+    def attention(self) -> AttentionPattern:
+        is_annealed = self.attention_annealing_steps > 0
+        return AttentionPattern.ARBITRARY if is_annealed else AttentionPattern.BIDIRECTIONAL
 
     def model_length(self, seq_length: int) -> int:
         return seq_length
@@ -92,28 +103,37 @@ class MaskedObjective:
         """Mask the first S tokens; invalid slots stay as clean context and are never scored."""
         targets, valid = batch.tokens[:, :-1], batch.valid[:, :-1]
         slots = slots_like(targets)
-        draw = self._noise_draw(batch.sample_index, seed, stream)[:, None]
+        draw, factor = self._draw(batch.sample_index, seed, stream)
         bits = random_bits(seed, stream, Purpose.MASK, batch.sample_index[:, None], slots[:1])
         if self.weighting == "count":
             corruption = mask_by_count(draw, bits, valid)
         else:
             corruption = mask_by_time(draw, bits, valid, self.schedule, self.time_floor)
         masked = corruption.masked
-        elbo_weights = torch.where(masked, corruption.elbo_weight, 0.0).to(torch.float32)
+        weights = torch.where(masked, corruption.elbo_weight, 0.0)
         is_bound = self.weighting in ("elbo", "count")
         return ModelInputs(
             tokens=torch.where(masked, self.mask_token_id, targets),
             position_ids=positions(slots, batch.input_document),
             targets=targets,
-            weights=elbo_weights if is_bound else masked.to(torch.float32),
-            elbo_weights=elbo_weights,
+            weights=(weights if is_bound else masked).to(torch.float32),
+            elbo_weights=(weights * factor).to(torch.float32),
             counted=masked if self.weighting == "maskgit" else valid,
             valid=valid,
             noise_level=corruption.noise_level.to(torch.float32).expand(targets.shape),
         )
 
-    def attention_mask(self, batch: TokenBatch, seed: int, stream: Stream) -> None:
-        return None
+    def attention_mask(self, batch: TokenBatch, seed: int, stream: Stream) -> Tensor | None:
+        """Later keys hidden at random while attention is annealed; None from then on."""
+        if self.attention_annealing_steps == 0:
+            return None
+        return hidden_future(
+            int(batch.sample_index[0]) // self.batch_size,
+            self.attention_annealing_steps,
+            batch.tokens.shape[1] - 1,
+            seed=seed,
+            device=batch.tokens.device,
+        )
 
     def loss_sums(
         self, logits: Tensor, rows: ModelInputs, tp_group: ProcessGroup | None
@@ -130,18 +150,15 @@ class MaskedObjective:
         num_masked = inputs.scored.sum(dtype=torch.float32)
         return {**counts, "masked_share": counts["nelbo"], "masked_nll": num_masked}
 
-    def _noise_draw(self, sample_index: Tensor, seed: int, stream: Stream) -> Tensor:
-        """Uniform in [0, 1), float64 [b].
-
-        Stratified: sample i of a batch of B gets frac(u + i/B) with one u per step, so every
-        interval [k/B, (k+1)/B) holds exactly one sample of the batch, on whatever rank.
-        """
-        position = torch.zeros_like(sample_index)
-        if self.time_sampling == "iid":
-            return uniform(seed, stream, Purpose.NOISE_LEVEL, sample_index, position).double()
-        step = sample_index // self.batch_size
-        offset = uniform(seed, stream, Purpose.NOISE_LEVEL, step, position).double()
-        return (offset + (sample_index % self.batch_size).double() / self.batch_size).frac()
+    def _draw(self, sample_index: Tensor, seed: int, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Numbers behind the noise levels, and what their law makes of the bound: float64 [b, 1]"""
+        draw = level_draws(
+            sample_index, seed, stream, batch_size=self.batch_size, sampling=self.time_sampling
+        )
+        factor = torch.ones_like(draw)
+        if self.time_curriculum is not None:
+            draw, factor = self.time_curriculum.at(draw, sample_index // self.batch_size)
+        return draw[:, None], factor[:, None]
 
 
 def mask_by_time(

@@ -85,8 +85,8 @@ class ModelInputs:
         """bool [b, s]: the slots on which the output layer has to run."""
         return (self.weights != 0) | (self.elbo_weights != 0)
 
-    def at(self, slots: Tensor) -> ModelInputs:
-        """Every field at these flat indices (int64 [n]) of [b, s]: fields [n]."""
+    def at(self, slots: Tensor | slice) -> ModelInputs:
+        """Every field at these flat indices (int64 [n], or a slice) of [b, s]: fields [n]."""
         taken = {field.name: getattr(self, field.name) for field in fields(self)}
         return ModelInputs(**{name: value.reshape(-1)[slots] for name, value in taken.items()})
 

@@ -34,6 +34,13 @@ class Purpose(IntEnum):
     LENGTH = 2
     INPUT_MASK = 3
     VALUE = 4
+    SAMPLE_KIND = 5
+    TOKEN_NOISE_LEVEL = 6
+    NOISE_KIND = 7
+    NOISE_TOKEN = 8
+    INFILLING = 9
+    EMPTY_TOKEN = 10
+    ATTENTION = 11
 
 
 def random_bits(seed: int, stream: int, purpose: int, index: Tensor, position: Tensor) -> Tensor:

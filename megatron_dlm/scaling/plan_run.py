@@ -83,6 +83,7 @@ def make_plan(config: RunConfig, machine: PlanConfig) -> RunPlan:
         num_micro_batches=num_micro_batches(config, machine.num_gpus),
         data_parallel_size=data_parallel_size(config, machine.num_gpus),
         precision=config.train.precision,
+        loss_chunk_slots=config.train.loss_chunk_slots,
     )
     flops = training_flops_per_token(model, objective)
     tokens_per_second = machine.num_gpus * _peak_flops(machine) * machine.mfu / flops.total

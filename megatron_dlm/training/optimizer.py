@@ -1,4 +1,4 @@
-"""Megatron's data-parallel wrapper and distributed AdamW around our model chunks."""
+"""Megatron's data-parallel wrapper and distributed optimizer around our model chunks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    ParamKey,
+    ParamWithNamePredicate,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from megatron_dlm.checkpoint.state import optimizer_parts
 from megatron_dlm.config.architecture import ParallelConfig
-from megatron_dlm.config.schema import OptimizerConfig
+from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.models.build import LanguageModel
+from megatron_dlm.models.parametrization import ParameterKind, kind_of, update_settings
+from megatron_dlm.ops.laprop import LaProp
 from megatron_dlm.runtime.parallel import ParallelContext
 
 
@@ -61,7 +68,11 @@ def build_optimizer(
     *,
     overlap_param_gather: bool,
 ) -> MegatronOptimizer:
-    """AdamW whose state is sharded over the DP ranks; norms and biases get no weight decay."""
+    """AdamW or LaProp whose state is sharded over the DP ranks, one group per way of learning.
+
+    A parameter whose kind is unknown fails an assertion (see `kind_of`).
+    """
+    assert not config.adam_beta2_by_batch, "call OptimizerConfig.for_batch first"
     model_config = chunks[0].module.config
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -79,19 +90,51 @@ def build_optimizer(
             overlap_param_gather=overlap_param_gather,
         ),
         list(chunks),
+        config_overrides=_group_overrides(
+            config, model_config.hidden_size, model_config.num_layers
+        ),
     )
     for part in optimizer_parts(optimizer):
+        if config.kind == "laprop":
+            # Megatron Core makes Adam only; its groups of shards and its states serve LaProp too.
+            part.optimizer = LaProp.taking_over(part.optimizer)
         # Without Transformer Engine and Apex this is PyTorch's, by default not fused.
-        if isinstance(part.optimizer, torch.optim.AdamW):
+        elif isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:
                 group.update(fused=True, foreach=False)
+    set_learning_rate(optimizer, config.lr)
     return optimizer
 
 
+def _group_overrides(
+    config: OptimizerConfig, hidden_size: int, num_layers: int
+) -> dict[ParamKey, dict[str, float]]:
+    """What the groups of Megatron Core's optimizer get besides its defaults.
+
+    Its own scheduler would multiply by wd_mult and lr_mult; we do it, here and in
+    `set_learning_rate`. Kinds that learn alike share a group.
+    """
+    overrides = {}
+    for kind in ParameterKind:
+        settings = update_settings(kind, config, hidden_size=hidden_size, num_layers=num_layers)
+        key = ParamKey(
+            with_name_predicate=ParamWithNamePredicate(
+                kind.name, lambda _, name, kind=kind: kind_of(name) is kind
+            )
+        )
+        overrides[key] = {
+            "lr_mult": settings.lr_scale,
+            "wd_mult": settings.weight_decay_scale,
+            "weight_decay": config.weight_decay * settings.weight_decay_scale,
+            "eps": settings.epsilon,
+        }
+    return overrides
+
+
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
-    """Use this learning rate for the next update."""
+    """Use this learning rate of the run for the next update; every group takes its multiple."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["lr_mult"]
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_dlm.config.schema import OptimizerConfig, ScheduleConfig
+from megatron_dlm.config.optimizer import OptimizerConfig, ScheduleConfig
 
 # Share of the way from the final rate (0) to the peak (1), after a fraction r of the decay.
 _DECAYS = {

@@ -143,10 +143,13 @@ def open_run(
             seed=config.train.seed,
             device=device,
             parallel=parallel,
+            optimizer=config.optimizer,
         )
     wrapped = wrap_data_parallel(chunks, config.parallel, parallel)
     optimizer = build_optimizer(
-        wrapped, config.optimizer, overlap_param_gather=config.parallel.overlap_param_gather
+        wrapped,
+        config.optimizer.for_batch(config.train.global_batch_size),
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
     subject = Checkpointed(wrapped, optimizer, parallel)
     description = {
@@ -190,4 +193,5 @@ def _open_pass(
         device=device,
         parallel=subject.parallel,
         metrics=Metrics(objective.metric_names, device.torch_device),
+        loss_chunk_slots=config.train.loss_chunk_slots,
     )

@@ -13,8 +13,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_dlm.models.build import HeadLoss
+from megatron_dlm.models.output_layer import chunked_loss
 from megatron_dlm.models.packed import PackedDocuments, packed_sequences
-from megatron_dlm.objectives.base import Objective, micro_batch_loss
+from megatron_dlm.objectives.base import LossSums, Objective, loss_terms, micro_batch_loss
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import Stream
 from megatron_dlm.runtime.device import Device
@@ -33,6 +35,8 @@ class Pass:
     device: Device
     parallel: ParallelContext
     metrics: Metrics
+    loss_chunk_slots: int | None = None
+    """Scored slots that the output layer and the loss take at a time; None is all."""
 
 
 def train_step(setup: Pass, optimizer: MegatronOptimizer, micro_batches: list[TokenBatch]) -> float:
@@ -80,12 +84,14 @@ def _forward_step(
     if not (model.pre_process or model.post_process):
         return chunk(None, None, packed=packed, attention_mask=mask), None
     inputs = objective.prepare(batch, setup.seed, setup.stream)
+    is_chunked = model.post_process and setup.loss_chunk_slots is not None
     output = chunk(
         inputs.tokens,
         inputs.position_ids,
         scored=inputs.scored,
         packed=packed,
         attention_mask=mask,
+        loss=_chunked_loss(setup, inputs) if is_chunked else None,
     )
     return output, partial(_finish_loss, setup, inputs)
 
@@ -96,11 +102,31 @@ def _packed(batch: TokenBatch, device: Device) -> PackedDocuments | None:
     return None if document is None else packed_sequences(document, device.torch_device)
 
 
+def _chunked_loss(setup: Pass, inputs: ModelInputs) -> HeadLoss:
+    """The loss as the output layer calls it, on a few of the scored slots at a time."""
+    objective = setup.objective
+    scored = inputs.at(inputs.scored.flatten().nonzero().flatten())
+
+    def sums_of(logits: Tensor, place: slice) -> tuple[Tensor, Tensor]:
+        sums = objective.loss_sums(logits, scored.at(place), setup.parallel.tensor.group)
+        return sums.loss_sum, torch.stack([sums.metrics[name] for name in objective.metric_names])
+
+    assert setup.loss_chunk_slots is not None
+    return partial(chunked_loss, loss_of=sums_of, chunk_rows=setup.loss_chunk_slots)
+
+
 def _finish_loss(
-    setup: Pass, inputs: ModelInputs, logits: Tensor
+    setup: Pass, inputs: ModelInputs, output: Tensor | tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """`output` is logits, or the sums of a chunked loss."""
     # Three values and per-token loss: with two, Megatron scales in place by micro-batches and CP.
-    terms = micro_batch_loss(setup.objective, logits, inputs, setup.parallel.tensor.group)
+    objective = setup.objective
+    if isinstance(output, Tensor):
+        terms = micro_batch_loss(objective, output, inputs, setup.parallel.tensor.group)
+    else:
+        loss_sum, values = output
+        metrics = dict(zip(objective.metric_names, values.unbind(), strict=True))
+        terms = loss_terms(objective, LossSums(loss_sum, metrics), inputs)
     if setup.parallel.tensor.rank == 0:
         with torch.no_grad():
             setup.metrics.add(terms.metrics)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import pytest
 from rank_pool import RankPool
-from tiny_run import assemble, layout, model_config, run_layout
+from tiny_run import Layout, _shards, assemble, layout, model_config, run_layout
 
 from megatron_dlm.config.objective import ObjectiveConfig
+from megatron_dlm.config.optimizer import OptimizerConfig
 
 STD = 0.02
 MODEL = model_config(hidden_size=64, init_method_std=STD, untie_embeddings_and_output_weights=True)
@@ -35,3 +38,55 @@ def test_standard_deviations(ranks: RankPool) -> None:
         [values.ravel() for name, values in weights.items() if "norm" not in name]
     )
     assert len(np.unique(flat)) > 0.95 * len(flat), "parameters or layers repeat their values"
+
+
+COMPLETEP_MODEL = model_config(
+    hidden_size=64,
+    init_method_std=STD,
+    activation="squared_relu",
+    mlp_bias=True,
+    attention_sink=True,
+    layernorm_zero_centered_gamma=True,
+    untie_embeddings_and_output_weights=True,
+    output_init_std=0.0,
+)
+
+
+def completep_weights(where: Layout) -> dict[str, Any]:
+    """This rank's shards of a model that starts as CompleteP says."""
+    from megatron_dlm.models.build import build_model
+    from megatron_dlm.runtime.device import open_device
+    from megatron_dlm.runtime.parallel import laid_out
+    from megatron_dlm.runtime.seeding import seed_dropout
+
+    optimizer = OptimizerConfig(parametrization="completep", bulk_init_scale=0.8)
+    with laid_out(where.parallel) as parallel:
+        seed_dropout(0, 0, parallel)
+        chunks = build_model(
+            COMPLETEP_MODEL,
+            where.parallel,
+            ObjectiveConfig(),
+            precision="fp32",
+            seed=5,
+            device=open_device("cpu"),
+            parallel=parallel,
+            optimizer=optimizer,
+        )
+        return {"initial": _shards(chunks, parallel, gradients=False)}
+
+
+def test_completep(ranks: RankPool) -> None:
+    """Matrices of all layers, also residual outputs, 0.8 / sqrt(64); the rest 0 but the table."""
+    weights = assemble(ranks.run(completep_weights, layout("one", 1), num_ranks=1), "initial")
+    for name, values in weights.items():
+        is_matrix = name.endswith(("_qkv.weight", "_proj.weight", "_fc1.weight", "_fc2.weight"))
+        expected = 0.1 if is_matrix else STD if name.startswith("embedding") else 0.0
+        tolerance = 5 / math.sqrt(2 * values.size)
+        assert values.std() == pytest.approx(expected, rel=tolerance, abs=0), name
+        assert abs(values.mean()) <= 5 * expected / math.sqrt(values.size), name
+    assert {"output_layer.weight", "decoder.layers.mlp.linear_fc1.bias"} <= weights.keys()
+    where = layout("TP2 x PP2", 4, tp=2, pp=2)
+    split = assemble(ranks.run(completep_weights, where, num_ranks=4), "initial")
+    assert split.keys() == weights.keys()
+    for name, values in split.items():
+        np.testing.assert_array_equal(values, weights[name], err_msg=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,25 @@ OBJECTIVES = {
     "elbo": ObjectiveConfig(kind="masked"),
     "count": ObjectiveConfig(kind="masked", weighting="count"),
     "maskgit": ObjectiveConfig(kind="masked", weighting="maskgit", schedule="cosine"),
+    "curricula": ObjectiveConfig(
+        kind="masked", time_curriculum_steps=2, attention_annealing_steps=2
+    ),
+    "hybrid": ObjectiveConfig(
+        kind="hybrid",
+        weighting="surrogate",
+        independent_noise_share=0.4,
+        prompt_share=0.4,
+        infilling_share=0.3,
+        empty_token_share=0.3,
+        pad_token_id=5,
+    ),
+    "uniform": ObjectiveConfig(kind="hybrid", noise_type="uniform"),
+    "only masks": ObjectiveConfig(kind="hybrid", noise_type="masked"),
+    "dynamic": ObjectiveConfig(
+        kind="hybrid", noise_type="time", uniform_probability=0.2, weighting="dynamic"
+    ),
+    "block": ObjectiveConfig(kind="block", block_size=4),
+    "block, clipped": ObjectiveConfig(kind="block", block_size=6, highest_mask_rate=0.8),
 }
 MODELS = {
     "tied": model_config(),
@@ -84,14 +104,26 @@ def run(
     return ranks.run(run_layout, *arguments, num_ranks=where.num_ranks)
 
 
-@pytest.mark.parametrize("objective", ["autoregressive", "elbo"])
+@pytest.mark.parametrize("objective", ["autoregressive", "elbo", "hybrid", "block"])
 @pytest.mark.parametrize("where", LAYOUTS, ids=lambda where: where.name)
 def test_every_layout(ranks: RankPool, where: Layout, objective: str) -> None:
     ours = run(ranks, where, objective, MODELS["tied"])
     check_equal(ours, reference(ranks, objective, "tied"))
 
 
-@pytest.mark.parametrize("objective", ["input masking", "count", "maskgit"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "input masking",
+        "count",
+        "maskgit",
+        "curricula",
+        "uniform",
+        "only masks",
+        "dynamic",
+        "block, clipped",
+    ],
+)
 def test_other_objectives_on_the_richest_layout(ranks: RankPool, objective: str) -> None:
     where = next(where for where in LAYOUTS if where.name == "TP2 + SP x PP2 + VPP2")
     ours = run(ranks, where, objective, MODELS["tied"])
@@ -122,6 +154,8 @@ def test_other_models(ranks: RankPool, name: str, model: str) -> None:
         ("PP4", "elbo", "tied"),
         ("TP2 x PP2", "elbo", "gelu, full recompute"),
         ("TP2 + SP", "elbo", "squared relu, selective recompute"),
+        ("TP2 + SP x PP2 + VPP2", "uniform", "tied"),
+        ("DP2", "dynamic", "tied"),
     ],
 )
 def test_documents_on_a_layout(ranks: RankPool, name: str, objective: str, model: str) -> None:
@@ -130,12 +164,29 @@ def test_documents_on_a_layout(ranks: RankPool, name: str, objective: str, model
     check_equal(ours, reference(ranks, objective, model, documents=True))
 
 
-@pytest.mark.parametrize("objective", ["autoregressive", "elbo"])
+@pytest.mark.parametrize("objective", ["autoregressive", "elbo", "uniform"])
 def test_documents_change_the_loss_and_not_the_noise(ranks: RankPool, objective: str) -> None:
     [inside] = reference(ranks, objective, "tied", documents=True)
     [across] = reference(ranks, objective, "tied")
     assert inside["noise"] == across["noise"]
     assert abs(inside["first"]["nelbo"] - across["first"]["nelbo"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "model"),
+    [
+        ("micro 8", "hybrid", "untied"),
+        ("TP2 + SP", "elbo", "tied"),
+        ("PP2 + VPP2", "curricula", "untied"),
+        ("DP2 overlapped", "block", "tied"),
+        ("TP2 x PP2", "autoregressive", "tied"),
+    ],
+)
+def test_chunks_of_the_loss(ranks: RankPool, name: str, objective: str, model: str) -> None:
+    """Output layer and loss on 5 scored slots at a time are one more way to split the work."""
+    where = next(where for where in LAYOUTS if where.name == name)
+    ours = run(ranks, replace(where, loss_chunk_slots=5), objective, MODELS[model])
+    check_equal(ours, reference(ranks, objective, model))
 
 
 def test_the_check_notices_a_wrong_gradient(ranks: RankPool) -> None:

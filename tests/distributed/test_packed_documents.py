@@ -20,6 +20,12 @@ MODELS = {
     "a key per query": model_config(
         seq_length=SEQ_LENGTH, num_query_groups=4, qk_layernorm=False, activation="gelu"
     ),
+    "soft cap, sink, full norm": model_config(
+        seq_length=SEQ_LENGTH,
+        attn_logit_softcapping=2.0,
+        attention_sink=True,
+        qk_layernorm_scope="full",
+    ),
 }
 PATTERNS = [ObjectiveConfig(kind="autoregressive"), ObjectiveConfig(kind="masked")]
 
@@ -134,10 +140,10 @@ def test_a_document_does_not_see_the_rest(ranks: RankPool, pattern: ObjectiveCon
 
 def draw_dropped_keys(lengths: tuple[int, ...], is_causal: bool) -> tuple[Tensor, ...]:
     """Attention weights [heads, t, t] in training, with the same seed again, and in evaluation."""
-    from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_dlm.models.attention import ScaledDotProductAttention
+    from megatron_dlm.config.objective import AttentionPattern
+    from megatron_dlm.models.attention import AttentionOptions, CoreAttention
     from megatron_dlm.models.packed import PackedDocuments
     from megatron_dlm.runtime.parallel import laid_out
     from megatron_dlm.runtime.seeding import seed_dropout
@@ -146,18 +152,19 @@ def draw_dropped_keys(lengths: tuple[int, ...], is_causal: bool) -> tuple[Tensor
     config = TransformerConfig(
         num_layers=1, hidden_size=heads * total, num_attention_heads=heads, attention_dropout=0.25
     )
-    attention = ScaledDotProductAttention(
-        config=config,
-        layer_number=1,
-        attn_mask_type=AttnMaskType.causal if is_causal else AttnMaskType.no_mask,
-        attention_type="self",
-    )
     # All scores are 0 and value k is the k-th unit vector: the output is the attention weights.
     same = torch.zeros(total, heads, total)
     units = torch.eye(total)[:, None].expand(total, heads, total)
     packed = PackedDocuments(qkv_format="thd", lengths=lengths)
     drawn = []
+    pattern = AttentionPattern.CAUSAL if is_causal else AttentionPattern.BIDIRECTIONAL
     with laid_out(ParallelConfig()) as parallel:
+        attention = CoreAttention(
+            config=config,
+            options=AttentionOptions(pattern),
+            attention_type="self",
+            pg_collection=parallel.groups,
+        )
         for is_training in (True, True, False):
             seed_dropout(SEED, 0, parallel)
             attention.train(is_training)

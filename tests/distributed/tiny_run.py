@@ -27,6 +27,7 @@ class Layout:
     num_ranks: int = 1
     micro_batch: int = 2
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    loss_chunk_slots: int | None = None
 
 
 def layout(name: str, num_ranks: int, *, micro: int = 2, **sizes: Any) -> Layout:
@@ -144,7 +145,16 @@ def run_layout(
             training=True,
         )
         metrics = Metrics(built.metric_names, device.torch_device)
-        setup = Pass(wrapped, built, SEED, Stream.TRAINING, device, parallel, metrics)
+        setup = Pass(
+            chunks=wrapped,
+            objective=built,
+            seed=SEED,
+            stream=Stream.TRAINING,
+            device=device,
+            parallel=parallel,
+            metrics=metrics,
+            loss_chunk_slots=where.loss_chunk_slots,
+        )
         batches = _micro_batches(where, parallel, 0, model.seq_length, documents=documents)
         inputs = [built.prepare(batch, SEED, Stream.TRAINING) for batch in batches]
         noise = {

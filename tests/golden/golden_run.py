@@ -13,6 +13,10 @@ OBJECTIVES = {
     "autoregressive": ObjectiveConfig(kind="autoregressive"),
     "masked_elbo": ObjectiveConfig(kind="masked"),
     "masked_count": ObjectiveConfig(kind="masked", weighting="count"),
+    "hybrid": ObjectiveConfig(
+        kind="hybrid", weighting="surrogate", independent_noise_share=0.5, prompt_share=0.2
+    ),
+    "block": ObjectiveConfig(kind="block", block_size=4),
 }
 DIRECTORY = Path(__file__).parent
 

@@ -42,6 +42,19 @@ CALLED = {
         "max_seqlen_kv",
     ],
     "models.gpt.gpt_model:GPTModel.shared_embedding_or_output_weight": [],
+    "models.common.embeddings.rotary_pos_embedding:RotaryEmbedding.get_rotary_seq_len": [],
+    "jit:jit_fuser": [],
+    "tensor_parallel.layers:set_tensor_model_parallel_attributes": [
+        "tensor",
+        "is_parallel",
+        "dim",
+        "stride",
+    ],
+    "transformer.utils:make_sharded_tensors_for_checkpoint": [
+        "state_dict",
+        "prefix",
+        "tensor_parallel_layers_axis_map",
+    ],
     "transformer.transformer_block:get_num_layers_to_build": ["config", "vp_stage"],
     "transformer.transformer_block:TransformerBlock.forward": [
         "hidden_states",
@@ -63,7 +76,9 @@ CALLED = {
     "distributed:DistributedDataParallel.disable_forward_pre_hook": ["param_sync"],
     "distributed:DistributedDataParallel.enable_forward_pre_hook": [],
     "distributed:finalize_model_grads": ["model", "num_tokens"],
-    "optimizer:get_megatron_optimizer": ["config", "model_chunks"],
+    "optimizer:get_megatron_optimizer": ["config", "model_chunks", "config_overrides"],
+    "optimizer:ParamKey": ["with_name_predicate"],
+    "optimizer:ParamWithNamePredicate": ["name", "fn"],
     "optimizer.distrib_optimizer:DistributedOptimizer.sharded_state_dict": [
         "model_sharded_state_dict",
         "is_loading",

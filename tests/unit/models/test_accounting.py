@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from attention_reference import block_visible
 from rank_pool import RankPool
+from tiny_run import token_batch
 
 from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
@@ -23,13 +25,23 @@ from megatron_dlm.models.accounting import (
     memory_per_rank,
     stage_parameters,
     training_flops_per_token,
+    visible_keys_per_token,
 )
+from megatron_dlm.ops.counter_rng import Stream
 
 TINY = ModelConfig(
     num_layers=4, hidden_size=32, num_attention_heads=4, num_query_groups=2, seq_length=16,
     vocab_size=77, make_vocab_size_divisible_by=64,
 )  # fmt: skip
 AUTOREGRESSIVE = ObjectiveConfig(kind="autoregressive")
+EVERY_OPTION: dict[str, Any] = {
+    "mlp_bias": True,
+    "attention_sink": True,
+    "qk_layernorm_scope": "full",
+    "megatron": {"add_qkv_bias": True},
+    "attn_logit_softcapping": 30.0,
+    "layernorm_zero_centered_gamma": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -72,8 +84,12 @@ def local_parameters(model: ModelConfig, parallel: ParallelConfig) -> int:
         {"activation": "gelu", "qk_layernorm": False},
         {"num_query_groups": None, "ffn_hidden_size": 48, "activation": "squared_relu"},
         {"kv_channels": 12},
+        {"mlp_bias": True},
+        {"megatron": {"add_qkv_bias": True}},
+        {"attention_sink": True, "qk_layernorm_scope": "full"},
+        EVERY_OPTION,
     ],
-    ids=["tied", "untied", "gelu", "squared_relu", "kv_channels"],
+    ids=lambda changes: ", ".join(changes) or "tied",
 )
 def test_count_equals_the_built_model(changes: dict[str, Any], ranks: RankPool) -> None:
     model = dataclasses.replace(TINY, **changes)
@@ -82,9 +98,13 @@ def test_count_equals_the_built_model(changes: dict[str, Any], ranks: RankPool) 
     assert stage_parameters(model, ParallelConfig(), is_first=True, is_last=True) == built
 
 
-@pytest.mark.parametrize("untied", [False, True])
-def test_share_of_a_rank_equals_the_built_stages(untied: bool, ranks: RankPool) -> None:
-    model = dataclasses.replace(TINY, untie_embeddings_and_output_weights=untied)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"untie_embeddings_and_output_weights": True}, EVERY_OPTION],
+    ids=["tied", "untied", "every option"],
+)
+def test_share_of_a_rank_equals_the_built_stages(changes: dict[str, Any], ranks: RankPool) -> None:
+    model = dataclasses.replace(TINY, **changes)
     parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     built = ranks.run(local_parameters, model, parallel, num_ranks=4)
     first = stage_parameters(model, parallel, is_first=True, is_last=False)
@@ -122,6 +142,37 @@ def test_bidirectional_attention_is_twice_the_causal() -> None:
     assert both_ways / causal == pytest.approx(4096**2 / (4096 * 4097 / 2), rel=1e-12)
 
 
+@pytest.mark.parametrize(("length", "block"), [(16, 4), (16, 5), (16, 1), (16, 16), (7, 3)])
+def test_blocks_see_what_their_pattern_shows(length: int, block: int) -> None:
+    objective = ObjectiveConfig(kind="block", block_size=block)
+    pairs = int(block_visible(length, block).sum())
+    model = dataclasses.replace(TINY, seq_length=length)
+    assert visible_keys_per_token(model, objective) == pytest.approx(pairs / length, rel=1e-12)
+    with_sink = dataclasses.replace(model, attention_sink=True)
+    assert visible_keys_per_token(with_sink, objective) == pytest.approx(pairs / length + 2)
+    flops = forward_flops_per_token(with_sink, objective)
+    assert flops.attention == pytest.approx(4 * 4 * 32 * (pairs / length + 2))
+
+
+def test_blocks_run_every_token_twice_and_score_it_once() -> None:
+    block, masked = ObjectiveConfig(kind="block"), ObjectiveConfig()
+    twice, once = (forward_flops_per_token(TINY, objective) for objective in (block, masked))
+    assert twice.linear == 2 * once.linear
+    assert twice.output_layer == once.output_layer
+    memory, plain = (
+        memory_per_rank(TINY, ParallelConfig(), objective, ALONE) for objective in (block, masked)
+    )
+    assert memory == dataclasses.replace(plain, activations=2 * plain.activations)
+
+
+def test_a_mask_or_a_sink_hides_nothing_from_the_count() -> None:
+    prompts = ObjectiveConfig(kind="hybrid", prompt_share=0.2)
+    assert visible_keys_per_token(TINY, prompts) == 16
+    with_sink = dataclasses.replace(TINY, attention_sink=True)
+    assert visible_keys_per_token(with_sink, prompts) == 17
+    assert visible_keys_per_token(with_sink, AUTOREGRESSIVE) == 8.5 + 1
+
+
 def test_training_is_three_forward_passes_and_close_to_6n() -> None:
     config = parse(RunConfig, ["--config", "preset:sdl_1b"], prog="x")
     short = dataclasses.replace(config.model, seq_length=1)
@@ -142,6 +193,43 @@ def test_scored_share_is_the_mean_mask_rate(schedule: Any, exponent: float) -> N
     midpoints = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     expected = build_schedule(schedule, exponent).mask_rate(midpoints).mean().item()
     assert mean_scored_share(objective) == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "hybrid"},
+        {"kind": "hybrid", "noise_type": "masked"},
+        {"kind": "hybrid", "noise_bias": -1000.0},
+        {"kind": "hybrid", "noise_bias": -20.0},
+        {"kind": "hybrid", "noise_type": "uniform"},
+        {"kind": "hybrid", "noise_type": "time"},
+        {"kind": "hybrid", "noise_type": "time", "uniform_probability": 0.2},
+        {"kind": "hybrid", "noise_type": "time", "weighting": "dynamic"},
+        {"kind": "hybrid", "prompt_share": 0.4, "infilling_share": 0.3},
+        {"kind": "hybrid", "prompt_share": 1.0, "noise_type": "masked"},
+        {"kind": "masked", "schedule": "cosine"},
+        {"kind": "masked", "weighting": "count"},
+        {"kind": "block", "block_size": 4},
+        {"kind": "block", "block_size": 4, "weighting": "count"},
+        {"kind": "block", "block_size": 1, "weighting": "count"},
+        {"kind": "block", "lowest_mask_rate": 0.5, "highest_mask_rate": 0.9},
+        {"kind": "block", "lowest_mask_rate": 0.3, "schedule": "cosine"},
+        {"kind": "block", "highest_mask_rate": 0.6, "schedule": "polynomial"},
+    ],
+    ids=lambda changes: ", ".join(f"{name} {value}" for name, value in changes.items()),
+)
+def test_scored_share_is_what_the_objective_scores(changes: dict[str, Any]) -> None:
+    from megatron_dlm.objectives.build import build_objective
+
+    config = ObjectiveConfig(**changes)
+    num_samples, length = 4096, 64
+    objective = build_objective(
+        config, vocab_size=77, mask_token_id=76, batch_size=num_samples, training=True
+    )
+    batch = token_batch(0, num_samples, length, documents=False)
+    scored = objective.prepare(batch, 5, Stream.TRAINING).scored.sum().item()
+    assert scored / (num_samples * length) == pytest.approx(mean_scored_share(config), abs=0.01)
 
 
 def test_every_slot_is_scored_without_noise() -> None:
@@ -249,6 +337,22 @@ def test_pipeline_holds_as_many_micro_batches_as_stages() -> None:
     )
     assert first.activations == alone.activations  # 1/4 of the layers, 4 micro-batches
     assert first.logits == 0
+
+
+def test_a_loss_in_chunks_keeps_the_logits_of_one() -> None:
+    whole, chunked = (
+        memory_per_rank(
+            TINY,
+            ParallelConfig(),
+            AUTOREGRESSIVE,
+            dataclasses.replace(ALONE, loss_chunk_slots=chunk),
+        )
+        for chunk in (None, 8)
+    )
+    # 32 scored slots of 128 rows; gradients of their hidden states and of the table, 32 wide.
+    assert whole.logits == 32 * 128 * (2 + 2 + 4)
+    assert chunked.logits == 8 * 128 * (2 + 2 + 4) + 32 * (32 * 2 + 128 * 4)
+    assert dataclasses.replace(chunked, logits=whole.logits) == whole
 
 
 def test_full_recompute_keeps_the_input_of_each_layer() -> None:

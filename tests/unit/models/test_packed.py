@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from megatron.core.transformer.enums import AttnMaskType
+from attention_reference import (
+    HEADS,
+    WIDTH,
+    check_gradients,
+    draw,
+    in_double,
+    reference_attention,
+    take_flexible_attention,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
-from megatron_dlm.models.attention import ScaledDotProductAttention
+from megatron_dlm.config.objective import AttentionPattern
+from megatron_dlm.models.attention import AttentionOptions, CoreAttention
 from megatron_dlm.models.packed import packed_sequences
 
 # Two rows whose last and first document carry the same number, and a document of one token.
@@ -26,6 +37,11 @@ def test_boundaries() -> None:
     assert type(packed.max_seqlen_q) is int
 
 
+def test_numbers_of_documents() -> None:
+    numbers = packed_sequences(DOCUMENT, "cpu").document_numbers
+    assert numbers.tolist() == 3 * [0] + [1] + 4 * [2] + 2 * [3] + 6 * [4] + 8 * [5]
+
+
 def test_one_document_is_the_whole() -> None:
     packed = packed_sequences(DOCUMENT[2:], "cpu")
     assert packed.lengths == (8,)
@@ -39,48 +55,69 @@ def test_boundaries_lie_on_the_device_asked_for() -> None:
         packed_sequences(DOCUMENT.to("meta"), "cpu")
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-    """query [t, heads, d], key and value [t, groups, d], visible bool [t, t] -> [t, heads * d]."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
-    scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[2] ** 0.5
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(2)
-    return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
+def core_attention(pattern: AttentionPattern, groups: int, **options: Any) -> CoreAttention:
+    """With sinks, where asked for, that are not zero."""
+    attention = CoreAttention(
+        config=TransformerConfig(
+            num_layers=1,
+            hidden_size=HEADS * WIDTH,
+            num_attention_heads=HEADS,
+            num_query_groups=groups,
+            attention_dropout=0.0,
+        ),
+        options=AttentionOptions(pattern, **options),
+        attention_type="self",
+        pg_collection=SimpleNamespace(tp=SimpleNamespace(size=lambda: 1)),
+    )
+    with torch.no_grad():
+        for sink, values in zip(attention.parameters(), draw(*2 * [(groups, WIDTH)]), strict=False):
+            sink.copy_(values)
+    return attention
 
 
+@pytest.mark.parametrize(
+    ("options", "flexible"),
+    [({}, False), ({"soft_cap": 2.0, "has_sink": True}, False), ({"has_sink": True}, True)],
+    ids=["plain", "options", "flexible"],
+)
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_attention_and_gradient_equal_a_dense_mask_in_float64(groups: int, is_causal: bool) -> None:
-    heads, width, total = 4, 8, DOCUMENT.numel()
-    mask_type = AttnMaskType.causal if is_causal else AttnMaskType.no_mask
-    attention = ScaledDotProductAttention(
-        config=TransformerConfig(
-            num_layers=1, hidden_size=heads * width, num_attention_heads=heads
-        ),
-        layer_number=1,
-        attn_mask_type=mask_type,
-        attention_type="self",
-        attention_dropout=0.0,
-    )
+def test_attention_and_gradient_equal_a_dense_mask_in_float64(
+    groups: int,
+    is_causal: bool,
+    options: dict[str, Any],
+    flexible: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if flexible:
+        take_flexible_attention(monkeypatch)
+    pattern = AttentionPattern.CAUSAL if is_causal else AttentionPattern.BIDIRECTIONAL
+    attention = core_attention(pattern, groups, **options)
     # Numbers that no two documents share.
     unique = (DOCUMENT + 10 * torch.arange(len(DOCUMENT))[:, None]).flatten()
     visible = unique[:, None] == unique[None, :]
     if is_causal:
         visible = visible.tril()
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(total, heads, width), (total, groups, width), (total, groups, width)]
-    ours = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    exact = [part.detach().double().requires_grad_() for part in ours]
+    keys = (DOCUMENT.numel(), groups, WIDTH)
+    ours = draw((DOCUMENT.numel(), HEADS, WIDTH), keys, keys)
+    sinks = list(attention.parameters())
+    exact = in_double([*ours, *sinks])
 
     output = attention(*ours, None, packed_seq_params=packed_sequences(DOCUMENT, "cpu"))
-    wanted = dense_attention(*exact, visible)
-    assert output.shape == (total, heads * width)
+    wanted = reference_attention(
+        *(part.transpose(0, 1)[None] for part in exact[:3]),
+        visible[None],
+        soft_cap=options.get("soft_cap"),
+        sink=(exact[3], exact[4]) if sinks else None,
+    )
+    wanted = wanted[0].transpose(0, 1).flatten(1)
     torch.testing.assert_close(output.double(), wanted, rtol=0, atol=2e-6)
+    check_gradients(output, wanted, [*ours, *sinks], exact)
 
-    factor = torch.randn(output.shape, generator=generator)
-    (output * factor).sum().backward()
-    (wanted * factor.double()).sum().backward()
-    for mine, theirs in zip(ours, exact, strict=True):
-        assert mine.grad is not None
-        assert theirs.grad is not None
-        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0, atol=1e-5)
+
+@pytest.mark.parametrize("pattern", [AttentionPattern.ARBITRARY, AttentionPattern.BLOCK])
+def test_other_patterns_know_no_documents(pattern: AttentionPattern) -> None:
+    attention = core_attention(pattern, groups=2, block_size=2)
+    same = torch.zeros(DOCUMENT.numel(), HEADS, WIDTH)
+    with pytest.raises(AssertionError):
+        attention(same, same, same, None, packed_seq_params=packed_sequences(DOCUMENT, "cpu"))

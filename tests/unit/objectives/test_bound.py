@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from estimates import Estimate, ratio_estimate
 
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.objectives.base import micro_batch_loss
@@ -112,18 +113,6 @@ def uniform_text() -> dict[tuple[int, int], float]:
     return dict.fromkeys(SEQUENCES, 1 / 9)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Mean over steps with its standard error, from prepare and loss."""
-
-    mean: float
-    standard_error: float
-
-    def agrees_with(self, exact: float, *, resolution: float) -> None:
-        assert self.standard_error < resolution
-        assert abs(self.mean - exact) < 4 * self.standard_error + 1e-6, (self, exact)
-
-
 def estimate(
     config: ObjectiveConfig, log_probs: np.ndarray, texts: list[tuple[int, int]] = SEQUENCES
 ) -> dict[str, Estimate]:
@@ -150,14 +139,6 @@ def estimate(
         for name, (total, count) in terms.metrics.items():
             sums[name].append((total.item(), count.item()))
     return {name: ratio_estimate(np.array(pairs)) for name, pairs in sums.items()}
-
-
-def ratio_estimate(pairs: np.ndarray) -> Estimate:
-    """Sum of totals over sum of counts; the error of a ratio by its linearisation."""
-    totals, counts = pairs.T
-    ratio = totals.sum() / counts.sum()
-    residuals = (totals - ratio * counts) / counts.mean()
-    return Estimate(ratio, residuals.std(ddof=1) / math.sqrt(len(totals)))
 
 
 def test_three_forms_of_the_bound_agree() -> None:

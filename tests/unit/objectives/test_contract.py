@@ -6,11 +6,13 @@ import dataclasses
 
 import pytest
 import torch
+from mixture_reference import Rows, values
 from torch import Tensor
 
 from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
 from megatron_dlm.objectives.base import Objective, micro_batch_loss
 from megatron_dlm.objectives.build import build_objective
+from megatron_dlm.objectives.hybrid import HybridObjective
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import Stream
 
@@ -30,6 +32,22 @@ CONFIGS = {
     "unweighted": ObjectiveConfig(weighting="unweighted"),
     "maskgit": ObjectiveConfig(weighting="maskgit"),
     "maskgit_cosine": ObjectiveConfig(weighting="maskgit", schedule="cosine"),
+    "curricula": ObjectiveConfig(time_curriculum_steps=9, attention_annealing_steps=9),
+    "hybrid_masked": ObjectiveConfig(kind="hybrid", noise_type="masked"),
+    "hybrid_balanced": ObjectiveConfig(kind="hybrid", weighting="surrogate", time_sampling="iid"),
+    "hybrid_uniform": ObjectiveConfig(kind="hybrid", noise_type="uniform"),
+    "hybrid_dynamic": ObjectiveConfig(
+        kind="hybrid", noise_type="time", uniform_probability=0.2, weighting="dynamic"
+    ),
+    "hybrid_everything": ObjectiveConfig(
+        kind="hybrid",
+        independent_noise_share=0.5,
+        prompt_share=0.3,
+        infilling_share=0.3,
+        empty_token_share=0.3,
+        pad_token_id=0,
+    ),
+    "block": ObjectiveConfig(kind="block", block_size=5),
 }
 DTYPES = {
     "tokens": torch.int64,
@@ -80,33 +98,77 @@ def fields_of(inputs: ModelInputs) -> dict[str, Tensor]:
     return {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
 
 
-def full_logits() -> Tensor:
+def full_logits(objective: Objective) -> Tensor:
     generator = torch.Generator().manual_seed(6)
-    return torch.randn(BATCH_SIZE, SEQ_LENGTH, PADDED_VOCAB_SIZE, generator=generator) * 2
+    length = objective.model_length(SEQ_LENGTH)
+    return torch.randn(BATCH_SIZE, length, PADDED_VOCAB_SIZE, generator=generator) * 2
+
+
+def exact_nats(objective: Objective, logits: Tensor, rows: ModelInputs) -> tuple[Tensor, ...]:
+    """What the scored slots cost, float64: one cross entropy, or the two divergences of hybrid."""
+    logits = logits[:, :VOCAB_SIZE]
+    if not isinstance(objective, HybridObjective):
+        return (-logits.log_softmax(1).gather(1, rows.targets[:, None]).squeeze(1),)
+    level = rows.noise_level.double()
+    share, _ = objective.path.mixing(level)
+    ids = rows.tokens, rows.targets
+    return values(logits, Rows(logits, *ids, level, share, VOCAB_SIZE, MASK_ID))
 
 
 def test_fields(objective: Objective) -> None:
     batch = make_batch()
     inputs = objective.prepare(batch, SEED, Stream.TRAINING)
-    assert objective.model_length(SEQ_LENGTH) == SEQ_LENGTH
+    length = objective.model_length(SEQ_LENGTH)
     for name, value in fields_of(inputs).items():
-        assert value.shape == (BATCH_SIZE, SEQ_LENGTH), name
+        assert value.shape == (BATCH_SIZE, length), name
         assert value.dtype == DTYPES[name], name
-    assert torch.equal(inputs.position_ids, torch.arange(SEQ_LENGTH).expand(BATCH_SIZE, -1))
+    assert objective.metric_names[:2] == ("loss", "nelbo")
+    assert tuple(objective.counts(inputs)) == objective.metric_names
     start = 1 if objective.attention is AttentionPattern.CAUSAL else 0
     window = slice(start, start + SEQ_LENGTH)
-    assert torch.equal(inputs.targets, batch.tokens[:, window])
-    assert torch.equal(inputs.valid, batch.valid[:, window])
+    slots, targets = torch.arange(SEQ_LENGTH).expand(BATCH_SIZE, -1), batch.tokens[:, window]
+    valid = batch.valid[:, window]
+    if objective.attention is AttentionPattern.BLOCK:
+        slots, targets = slots.repeat(1, 2), targets.repeat(1, 2)
+        valid = torch.cat([valid, torch.zeros_like(valid)], dim=1)
+    assert torch.equal(inputs.position_ids, slots)
+    if not has_context_or_empty_tokens(objective):
+        assert torch.equal(inputs.targets, targets)
+        assert torch.equal(inputs.valid, valid)
     assert not torch.any(inputs.scored & ~inputs.valid)
     assert not torch.any(inputs.counted & ~inputs.valid)
     assert torch.all(inputs.weights >= 0)
     assert torch.all(inputs.elbo_weights >= 0)
-    changed = inputs.tokens != batch.tokens[:, :SEQ_LENGTH]
-    assert torch.all(inputs.tokens[changed] == MASK_ID)
+    if start == 0:
+        changed = inputs.tokens != inputs.targets
+        assert torch.all(inputs.scored[changed])
+        if not isinstance(objective, HybridObjective):
+            assert torch.all(inputs.tokens[changed] == MASK_ID)
+
+
+def has_context_or_empty_tokens(objective: Objective) -> bool:
+    return isinstance(objective, HybridObjective) and objective.empty_token_share > 0
+
+
+def test_attention_masks_are_pure_and_of_any_split(objective: Objective) -> None:
+    batch = make_batch()
+    mask = objective.attention_mask(batch, SEED, Stream.TRAINING)
+    assert (mask is not None) == (objective.attention is AttentionPattern.ARBITRARY)
+    if mask is None:
+        return
+    assert mask.dtype == torch.bool
+    assert mask.shape in ((BATCH_SIZE, 1, 24, 24), (1, 1, 24, 24))
+    assert not torch.any(mask.diagonal(dim1=2, dim2=3))
+    for rows in (slice(0, 3), slice(3, 8)):
+        part = objective.attention_mask(rows_of(batch, rows), SEED, Stream.TRAINING)
+        assert part is not None
+        assert torch.equal(part, mask[rows] if mask.shape[0] > 1 else mask)
 
 
 def test_documents_restart_the_positions_and_change_nothing_else(objective: Objective) -> None:
     """The noise too is that of the slot in the row: two documents never share it."""
+    if objective.attention is AttentionPattern.BLOCK or has_context_or_empty_tokens(objective):
+        pytest.skip("refused by the configuration, or checked in test_hybrid_context.py")
     batch = with_documents(make_batch())
     assert batch.document is not None
     before = batch.document.clone()
@@ -156,21 +218,24 @@ def test_noise_depends_on_seed_stream_and_sample(objective: Objective) -> None:
         objective.prepare(batch, SEED, Stream.VALIDATION).tokens,
         objective.prepare(later, SEED, Stream.TRAINING).tokens,
     ]
-    is_noisy = bool((tokens != batch.tokens[:, :SEQ_LENGTH]).any())
+    is_noisy = objective.attention is not AttentionPattern.CAUSAL or bool(
+        (tokens != batch.tokens[:, :SEQ_LENGTH]).any()
+    )
     assert all(torch.equal(tokens, other) != is_noisy for other in others)
 
 
 def test_loss_and_gradient_equal_the_full_vocabulary_in_float64(objective: Objective) -> None:
     inputs = objective.prepare(make_batch(), SEED, Stream.TRAINING)
-    logits = full_logits()
-    leaf = logits[inputs.scored].clone().requires_grad_()
+    logits = full_logits(objective)[inputs.scored]
+    leaf = logits.clone().requires_grad_()
     terms = micro_batch_loss(objective, leaf, inputs, None)
     terms.loss_sum.backward()
 
+    rows = inputs.at(inputs.scored.flatten().nonzero().flatten())
     exact = logits.double().requires_grad_()
-    nll = -exact[..., :VOCAB_SIZE].log_softmax(2)
-    nll = nll.gather(2, inputs.targets[..., None]).squeeze(2)
-    exact_loss = (nll * inputs.weights.double()).sum()
+    parts = exact_nats(objective, exact, rows)
+    nats = torch.stack(parts).sum(0)
+    exact_loss = (nats * rows.weights.double()).sum()
     exact_loss.backward()
     assert exact.grad is not None
     assert leaf.grad is not None
@@ -178,27 +243,31 @@ def test_loss_and_gradient_equal_the_full_vocabulary_in_float64(objective: Objec
     assert terms.loss_sum.dtype == torch.float32
     assert terms.loss_sum.shape == ()
     assert terms.token_count.dtype == torch.int32
-    assert terms.loss_sum.item() == pytest.approx(exact_loss.item(), rel=1e-6)
+    assert terms.loss_sum.item() == pytest.approx(exact_loss.item(), rel=2e-6)
     assert terms.token_count.item() == inputs.counted.sum().item()
-    torch.testing.assert_close(leaf.grad.double(), exact.grad[inputs.scored], rtol=1e-5, atol=1e-6)
-    assert torch.all(exact.grad[~inputs.scored] == 0)
+    scale = rows.weights.max().item() if isinstance(objective, HybridObjective) else 1.0
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-6 * scale)
 
     num_valid, num_scored = inputs.valid.sum().item(), inputs.scored.sum().item()
+    elbo = rows.elbo_weights.double()
     expected = {
         "loss": (exact_loss.item(), inputs.counted.sum().item()),
-        "nelbo": ((nll * inputs.elbo_weights.double()).sum().item(), num_valid),
+        "nelbo": ((nats * elbo).sum().item(), num_valid),
         "masked_share": (num_scored, num_valid),
-        "masked_nll": (nll[inputs.scored].sum().item(), num_scored),
+        "masked_nll": (nats.sum().item(), num_scored),
+        "kl": ((parts[0] * elbo).sum().item(), num_valid),
+        "itakura_saito": ((parts[-1] * elbo).sum().item(), num_valid),
+        "noised_share": ((rows.tokens != rows.targets).sum().item(), num_valid),
     }
     assert tuple(terms.metrics) == objective.metric_names
     for name, (total, count) in terms.metrics.items():
         assert not total.requires_grad
         assert total.dtype == count.dtype == torch.float32
-        assert (total.item(), count.item()) == pytest.approx(expected[name], rel=1e-6)
+        assert (total.item(), count.item()) == pytest.approx(expected[name], rel=2e-6), name
 
 
 def test_losses_of_micro_batches_add_up(objective: Objective) -> None:
-    batch, logits = make_batch(), full_logits()
+    batch, logits = make_batch(), full_logits(objective)
 
     def terms(rows: slice) -> tuple[float, int]:
         inputs = objective.prepare(rows_of(batch, rows), SEED, Stream.TRAINING)
@@ -229,4 +298,4 @@ def test_a_batch_without_scored_slots(objective: Objective) -> None:
 def test_logits_of_other_slots_are_refused(objective: Objective) -> None:
     inputs = objective.prepare(make_batch(), SEED, Stream.TRAINING)
     with pytest.raises(AssertionError, match="scored slots"):
-        micro_batch_loss(objective, full_logits()[inputs.scored][1:], inputs, None)
+        micro_batch_loss(objective, full_logits(objective)[inputs.scored][1:], inputs, None)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_dlm.config.schema import OptimizerConfig, ScheduleConfig
+from megatron_dlm.config.optimizer import OptimizerConfig, ScheduleConfig
 from megatron_dlm.training.schedule import learning_rate
 
 PEAK, RATIO, TOTAL, WARMUP = 4e-4, 0.1, 1000, 100
@@ -80,6 +80,23 @@ def test_wsd_decay_never_reaches_into_the_warmup():
 
 def test_wsd_without_decay_stays_at_the_peak():
     assert rates(kind="wsd", decay_fraction=0.0)[-1] == PEAK
+
+
+def test_warmup_constant_cooldown_to_zero():
+    """The schedule of the GIDD runs: peak * (1 - sqrt(progress)) over the last fifth."""
+    schedule = ScheduleConfig(
+        kind="wsd",
+        warmup_steps=WARMUP,
+        min_lr_ratio=0.0,
+        decay_fraction=0.2,
+        decay_kind="one_minus_sqrt",
+    )
+    optimizer = OptimizerConfig(lr=PEAK)
+    curve = [learning_rate(k, TOTAL, optimizer, schedule) for k in range(1, TOTAL + 1)]
+    assert set(curve[WARMUP - 1 : 800]) == {PEAK}
+    cooldown = [PEAK * (1 - math.sqrt((k - 800) / 200)) for k in range(801, TOTAL + 1)]
+    assert curve[800:] == pytest.approx(cooldown, abs=1e-18)
+    assert curve[-1] == 0.0
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
