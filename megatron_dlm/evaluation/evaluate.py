@@ -16,7 +16,7 @@ from megatron_dlm.config.evaluation_commands import EvaluateConfig
 from megatron_dlm.evaluation.likelihood import check_objective
 from megatron_dlm.evaluation.plots import plot_noise_levels
 from megatron_dlm.evaluation.report import announce, model_facts, with_error, write_json
-from megatron_dlm.evaluation.shards import ShardScore, evaluate_shards
+from megatron_dlm.evaluation.shards import LogSNRPoint, ShardScore, evaluate_shards, is_exact
 from megatron_dlm.hf.load import LoadedModel, load_model
 from megatron_dlm.runtime.device import choose_device
 
@@ -43,7 +43,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def _evaluate_data(config: EvaluateConfig, model: LoadedModel, console: Console) -> None:
-    draws_figure = config.output_dir is not None and model.objective_kind != "autoregressive"
+    draws_figure = config.output_dir is not None and not is_exact(model)
     if draws_figure and find_spec("matplotlib") is None:
         raise ValueError("matplotlib is not installed and draws the figure of output_dir; install "
                          "megatron-dlm with its extra [plot]")  # fmt: skip
@@ -105,9 +105,14 @@ def _level_table(score: ShardScore) -> Table:
     if not math.isnan(score.noise_standard_error):
         title += f" (noise: ± {score.noise_standard_error:.4f})"
     table = Table(title=title, title_justify="left", box=None)
-    for name in ("masked", "nats/masked token", "draws"):
+    is_hybrid = isinstance(score.levels[0], LogSNRPoint)
+    columns = ("log-SNR", "nats/token/log-SNR") if is_hybrid else ("masked", "nats/masked token")
+    for name in (*columns, "draws"):
         table.add_column(name, no_wrap=True, min_width=12)
     for point in score.levels:
-        loss = with_error(point.nats_per_masked_token, point.standard_error)
-        table.add_row(f"{point.level:.1%}", loss, f"{point.num_draws:,}")
+        if isinstance(point, LogSNRPoint):
+            level, loss = f"{point.log_snr:+.2f}", point.nats_per_token_and_log_snr
+        else:
+            level, loss = f"{point.level:.1%}", point.nats_per_masked_token
+        table.add_row(level, with_error(loss, point.standard_error), f"{point.num_draws:,}")
     return table

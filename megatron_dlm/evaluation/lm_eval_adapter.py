@@ -23,6 +23,7 @@ from megatron_dlm.evaluation.likelihood import (
     longest_text,
     score,
 )
+from megatron_dlm.generation.hybrid_samplers import HybridDecoding
 from megatron_dlm.generation.masked_samplers import MaskedDecoding
 from megatron_dlm.generation.samplers import TokenChoice
 from megatron_dlm.generation.texts import Sampling, generate_texts
@@ -34,7 +35,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class MegatronDLM(LM):
-    """Log-likelihoods (masked models: their lower bound) and greedy texts of one model.
+    """Log-likelihoods (diffusion: their lower bound) and greedy texts of one model.
 
     What is longer than the model's window is cut as `windows` says. A text without context follows
     an end of document, for every kind of model alike.
@@ -57,8 +58,9 @@ class MegatronDLM(LM):
         block_size: int | None = None,
     ) -> None:
         """path: run directory, checkpoint or Hugging Face directory. num_samples, enumerate_masks
-        and seed: see `MaskDraws`. num_steps, block_size: of generating masked models, which reveal
-        the surest token of every step; by default one per step, all in one block."""
+        and seed: see `MaskDraws`. num_steps, block_size: of generating diffusion models, which
+        take the surest token of every step; by default one per step, and masked diffusion all in
+        one block."""
         del max_batch_size  # lm-eval's search for a batch size, which we do not take part in
         loaded = load_model(path, device=_choose_device(device), dtype=precision, step=step)
         is_given = batch_size is not None and not str(batch_size).startswith("auto")
@@ -141,6 +143,7 @@ class MegatronDLM(LM):
             num_tokens,
             choice=TokenChoice(temperature),
             decoding=MaskedDecoding("low_confidence", num_steps=num_steps, block_size=block_size),
+            hybrid=HybridDecoding("adaptive", num_steps=num_steps),
             seed=self._draws.seed,
         )
 

@@ -6,18 +6,20 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_dlm.evaluation.shards import LevelPoint
+from megatron_dlm.evaluation.shards import LevelPoint, LogSNRPoint
 
 # Okabe and Ito's palette: distinct for colour-blind readers and in print.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def plot_noise_levels(
-    curves: Mapping[str, Sequence[LevelPoint]], output: Path, *, title: str
+    curves: Mapping[str, Sequence[LevelPoint] | Sequence[LogSNRPoint]], output: Path, *, title: str
 ) -> None:
-    """Draw nats per masked token against the share of masked tokens, a line for every label.
+    """Draw the loss against the noise level, a line for every label.
 
-    The area under a line is the bound (NELBO) in nats per token. Writes PNG, PDF or SVG by name.
+    Nats per masked token against the share of masked tokens, or of hybrid models the density of the
+    bound against the log-SNR. The area under a line is the bound (NELBO) in nats per token. Writes
+    PNG, PDF or SVG by name.
     """
     from matplotlib.figure import Figure  # needs no display, unlike pyplot
 
@@ -25,8 +27,8 @@ def plot_noise_levels(
     axes = figure.subplots()
     for number, (label, points) in enumerate(curves.items()):
         axes.errorbar(
-            [point.level for point in points],
-            [point.nats_per_masked_token for point in points],
+            [_place(point)[0] for point in points],
+            [_place(point)[1] for point in points],
             yerr=[point.standard_error for point in points],
             color=_COLORS[number % len(_COLORS)],
             linewidth=1.6,
@@ -35,10 +37,14 @@ def plot_noise_levels(
             capsize=2,
             label=label,
         )
-    axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("share of masked tokens")
-    axes.set_ylabel("loss of a masked token [nats]")
+    if any(isinstance(point, LogSNRPoint) for points in curves.values() for point in points):
+        axes.set_xlabel("log-SNR")
+        axes.set_ylabel("loss of a token per unit of log-SNR [nats]")
+    else:
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("share of masked tokens")
+        axes.set_ylabel("loss of a masked token [nats]")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(framealpha=0.9, edgecolor="none", title="dataset: area under its line")
@@ -46,3 +52,9 @@ def plot_noise_levels(
     temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
     figure.savefig(temporary)
     os.replace(temporary, output)
+
+
+def _place(point: LevelPoint | LogSNRPoint) -> tuple[float, float]:
+    if isinstance(point, LogSNRPoint):
+        return point.log_snr, point.nats_per_token_and_log_snr
+    return point.level, point.nats_per_masked_token

@@ -12,8 +12,9 @@ from typing import TextIO
 
 from rich.console import Console
 
-from megatron_dlm.config.generation_commands import GenerateConfig
+from megatron_dlm.config.generation_commands import GenerateConfig, kinds_of_option
 from megatron_dlm.generation.display import LiveView, print_comparison, print_text
+from megatron_dlm.generation.hybrid_samplers import HybridDecoding
 from megatron_dlm.generation.masked_samplers import MaskedDecoding, RevealOrder
 from megatron_dlm.generation.prompts import read_prompts
 from megatron_dlm.generation.samplers import TokenChoice
@@ -24,14 +25,14 @@ from megatron_dlm.runtime.device import choose_device
 
 def generate(config: GenerateConfig) -> None:
     """Print texts for every prompt, and write them as JSON lines if asked to."""
-    sampling = sampling_of(config)
+    sampling_of(config)  # what contradicts itself does so whatever the model
     prompts = read_prompts(config)
     console = Console(highlight=False)
     with _output(config.output) as lines:
         if config.compare:
-            _compare(config, sampling, prompts, console, lines)
+            _compare(config, prompts, console, lines)
             return
-        for text in _texts(config, str(config.model), sampling, prompts, console):
+        for text in _texts(config, str(config.model), prompts, console):
             _write(lines, text)
             if config.output != "-":
                 print_text(console, text)
@@ -47,11 +48,23 @@ def sampling_of(config: GenerateConfig) -> Sampling:
         guidance=config.guidance,
         cache=config.cache,
     )
+    hybrid = HybridDecoding(
+        method=config.method,
+        num_steps=config.num_steps,
+        schedule=config.schedule,
+        prior=config.prior,
+        tokens_per_step=config.tokens_per_step,
+        patience=config.patience,
+        correction_steps=config.correction_steps,
+        correction_temperature=config.correction_temperature,
+        correction_patience=config.correction_patience,
+    )
     return Sampling(
         num_tokens=config.num_tokens,
         infill=config.infill,
         choice=TokenChoice(config.temperature, config.top_k, config.top_p),
         decoding=decoding,
+        hybrid=hybrid,
         keeps_keys=config.cache != "none",
         stop=config.stop,
         seed=config.seed,
@@ -76,8 +89,9 @@ def sample_run(
 ) -> list[str]:
     """Each prompt with its continuation by `num_tokens` tokens, from the newest checkpoint.
 
-    Autoregressive models sample left to right, masked ones by the exact reverse process. Raises
-    ValueError when the directory holds no run, checkpoint or tokenizer.
+    Autoregressive models sample left to right, masked and block ones by the exact reverse process,
+    hybrid ones by 128 of its steps. Raises ValueError when the directory holds no run, checkpoint
+    or tokenizer.
     """
     sampling = Sampling(num_tokens, choice=TokenChoice(temperature), stop=False, seed=seed)
     texts = generate_texts(load_model(run_directory), prompts, sampling)
@@ -85,16 +99,12 @@ def sample_run(
 
 
 def _compare(
-    config: GenerateConfig,
-    sampling: Sampling,
-    prompts: Sequence[str],
-    console: Console,
-    lines: TextIO | None,
+    config: GenerateConfig, prompts: Sequence[str], console: Console, lines: TextIO | None
 ) -> None:
     """One model after the other, so that only one has to fit; then prompt by prompt."""
     columns = []
     for path in config.compare:
-        columns.append(list(_texts(config, path, sampling, prompts, console)))
+        columns.append(list(_texts(config, path, prompts, console)))
         for text in columns[-1]:
             _write(lines, text)
     if config.output != "-":
@@ -103,11 +113,7 @@ def _compare(
 
 
 def _texts(
-    config: GenerateConfig,
-    path: str,
-    sampling: Sampling,
-    prompts: Sequence[str],
-    console: Console,
+    config: GenerateConfig, path: str, prompts: Sequence[str], console: Console
 ) -> Iterator[Text]:
     dtype = None if config.precision == "checkpoint" else config.precision
     device = choose_device(config.device)
@@ -120,7 +126,7 @@ def _texts(
         for text in generate_texts(
             model,
             prompts,
-            sampling,
+            sampling_of(config.of_kind(model.objective_kind)),
             num_samples=config.num_samples,
             batch_size=config.batch_size if view is None else 1,
             watch=None if view is None else view.watch,
@@ -134,12 +140,13 @@ def _texts(
 
 
 def _refuse_options_of_others(config: GenerateConfig, model: LoadedModel) -> None:
-    if model.objective_kind == "autoregressive":
-        for name, value in config.masked_options.items():
-            raise ValueError(
-                f"{name} is {value}, which is for masked models; {model.source} is autoregressive: "
-                f"remove {name}"
-            )
+    kind = model.objective_kind
+    for name, value in config.foreign_options(kind).items():
+        kinds = " and ".join(kinds_of_option(name))
+        raise ValueError(
+            f"{name} is {value}, which is for {kinds} models; {model.source} is {kind}: "
+            f"remove {name}"
+        )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Exported models carry a copy of this file.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from megatron_dlm.generation.samplers import (
     Samples,
     TokenChoice,
     Watch,
+    highest,
     num_before_end,
     uniform,
 )
@@ -114,14 +115,65 @@ def sample_masked(
     """
     choice = replace(choice, forbidden_ids=(*choice.forbidden_ids, mask_id))
     canvas = Canvas(prompt, num_tokens, filler=mask_id, valid=valid, row_ids=row_ids)
-    tokens, is_new = canvas.tokens, (canvas.tokens == mask_id) & canvas.is_real
-    block_of, num_steps = _divide(is_new, decoding)
+    is_new = (canvas.tokens == mask_id) & canvas.is_real
+    plan = _divide(is_new, decoding)
     reader = _Reader(denoiser, decoding, canvas, is_new, mask_id)
+    return fill_masks(
+        canvas,
+        plan,
+        reader,
+        mask_id=mask_id,
+        decoding=decoding,
+        choice=choice,
+        eos_id=eos_id,
+        seed=seed,
+        watch=watch,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """In which order blocks are filled, and in how many steps."""
+
+    block_of: Tensor
+    """int64 [b, L]: number of the block that a slot is filled in; -1 where nothing is to fill."""
+    num_steps: Tensor | None
+    """int64 [b, K]: steps of every block; None is one per token."""
+
+
+class Reader(Protocol):
+    """Logits of masks, block by block."""
+
+    cost: int
+    """Forward passes of one reading."""
+
+    def open_block(self, block: int) -> None:
+        """Blocks come in order; those without a mask too."""
+
+    def logits(self, tokens: Tensor, wanted: Tensor) -> Tensor:
+        """[n, V] of the n wanted slots (bool [b, L]) of the open block, row by row."""
+
+
+def fill_masks(
+    canvas: Canvas,
+    plan: Plan,
+    reader: Reader,
+    *,
+    mask_id: int,
+    decoding: MaskedDecoding,
+    choice: TokenChoice,
+    eos_id: int | None,
+    seed: int,
+    watch: Watch | None,
+) -> Samples:
+    """Fill the planned masks of the canvas; `choice` never draws the mask."""
+    tokens, is_new = canvas.tokens, plan.block_of >= 0
     order_noise = uniform(seed, DRAW_ORDER, canvas.rows, canvas.positions)
     evaluations = canvas.zeros()
-    for block in range(int(block_of.max()) + 1):
+    for block in range(int(plan.block_of.max()) + 1):
         reader.open_block(block)
-        hidden = (tokens == mask_id) & (block_of == block)
+        hidden = (tokens == mask_id) & (plan.block_of == block)
+        num_steps = None if plan.num_steps is None else plan.num_steps[:, block, None]
         order = _Order(decoding, hidden, num_steps, order_noise)
         for step in range(order.max_steps):
             wanted = order.candidates(hidden, step)
@@ -162,7 +214,7 @@ class _Order:
         if self._decoding.order == "ancestral":
             return hidden & (self._noise * self._steps < step + 1)
         share = self._share(step)
-        return hidden & (share > 0) if self._is_scored else _best(-self._noise, hidden, share)
+        return hidden & (share > 0) if self._is_scored else highest(-self._noise, hidden, share)
 
     def revealed(self, wanted: Tensor, step: int, logits: Tensor, drawn: Tensor) -> Tensor:
         """Of the candidates those that keep their drawn token; logits [n, V], drawn [n]."""
@@ -170,7 +222,7 @@ class _Order:
             return wanted
         sureness = _sureness(self._decoding.order, torch.softmax(logits, dim=1), drawn)
         score = torch.zeros_like(self._noise).masked_scatter(wanted, sureness)
-        best = _best(score, wanted, self._share(step))
+        best = highest(score, wanted, self._share(step))
         threshold = self._decoding.threshold
         return best if threshold is None else best | (wanted & (score > threshold))
 
@@ -189,24 +241,13 @@ def _sureness(order: RevealOrder, probs: Tensor, drawn: Tensor) -> Tensor:
     return torch.special.entr(probs).sum(1).neg()
 
 
-def _best(score: Tensor, candidates: Tensor, count: Tensor) -> Tensor:
-    """In row i of score [b, L] the count[i, 0] highest candidates, the leftmost of equals: bool."""
-    score = score.masked_fill(~candidates, float("-inf"))
-    ranking = score.argsort(dim=1, descending=True, stable=True)
-    chosen = torch.arange(score.shape[1], device=score.device) < count
-    return torch.zeros_like(candidates).scatter(1, ranking, chosen) & candidates
-
-
-def _divide(is_new: Tensor, decoding: MaskedDecoding) -> tuple[Tensor, Tensor | None]:
-    """Block number of every slot to fill, else -1 (int64 [b, L]); steps per block (int64 [b, 1]).
-
-    A row's blocks begin at its first mask.
-    """
+def _divide(is_new: Tensor, decoding: MaskedDecoding) -> Plan:
+    """Blocks that begin at a row's first mask and share its steps evenly."""
     slots = torch.arange(is_new.shape[1], device=is_new.device)
     size = decoding.block_size or len(slots)
     block_of = ((slots - is_new.int().argmax(1, keepdim=True)) // size).masked_fill(~is_new, -1)
     if decoding.num_steps is None:
-        return block_of, None
+        return Plan(block_of, None)
     num_blocks = (block_of.amax(1, keepdim=True) + 1).clamp(min=1)
     uneven = num_blocks[decoding.num_steps % num_blocks != 0].tolist()
     if uneven:
@@ -214,7 +255,8 @@ def _divide(is_new: Tensor, decoding: MaskedDecoding) -> tuple[Tensor, Tensor | 
             f"num_steps is {decoding.num_steps} for {uneven[0]} blocks of {size} tokens; "
             f"give a multiple of {uneven[0]}"
         )
-    return block_of, decoding.num_steps // num_blocks
+    steps = (decoding.num_steps // num_blocks).expand(-1, int(num_blocks.max()))
+    return Plan(block_of, steps)
 
 
 def _end_rows(tokens: Tensor, is_new: Tensor, mask_id: int, eos_id: int) -> Tensor:
@@ -261,11 +303,16 @@ class _Reader:
     def logits(self, tokens: Tensor, wanted: Tensor) -> Tensor:
         """[n, V] of the n wanted slots (bool [b, L]), row by row."""
         if self._cache is None:
-            return self._denoiser(tokens, valid=self._valid)[wanted]
+            return self._denoiser(tokens, valid=self._valid, wanted=wanted)
         slots = self._slots if self._is_stale else self._window
         self._is_stale = False
-        read = self._denoiser(tokens[:, slots], valid=self._valid, slots=slots, cache=self._cache)
-        return read[wanted[:, slots]]
+        return self._denoiser(
+            tokens[:, slots],
+            valid=self._valid,
+            slots=slots,
+            cache=self._cache,
+            wanted=wanted[:, slots],
+        )
 
 
 def _common_start(is_new: Tensor, cache: Cache) -> int:
@@ -292,11 +339,17 @@ class _Guided:
         valid: Tensor | None = None,
         slots: Tensor | None = None,
         cache: object | None = None,
+        wanted: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
+        assert wanted is not None
+        assert context is None
         given = self._given if slots is None else self._given[:, slots]
         both = torch.cat([tokens, tokens.masked_fill(given, self._mask_id)])
         valid = None if valid is None else valid.repeat(2, 1)
-        logits, free = self._denoiser(both, valid=valid, slots=slots, cache=cache).chunk(2)
+        logits, free = self._denoiser(
+            both, valid=valid, slots=slots, cache=cache, wanted=wanted.repeat(2, 1)
+        ).chunk(2)
         return free + (1 + self._weight) * (logits - free)
 
     def new_cache(self, batch_size: int, num_slots: int) -> object:

@@ -19,7 +19,7 @@ Watch = Callable[[Tensor], None]
 """Called with a copy of all tokens (int64 [b, s]) after every step."""
 
 # What one draw is for; part of the key of the noise.
-DRAW_TOKEN, DRAW_ORDER = 0, 1
+DRAW_TOKEN, DRAW_ORDER, DRAW_KEPT, DRAW_KIND, DRAW_NOISE = range(5)
 
 
 class Denoiser(Protocol):
@@ -32,12 +32,17 @@ class Denoiser(Protocol):
         valid: Tensor | None = None,
         slots: Tensor | None = None,
         cache: object | None = None,
+        wanted: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
-        """Logits [b, s, V] of tokens (int64 [b, s]): for the same slot (masked) or the next (AR).
+        """Logits of tokens (int64 [b, s]): for the same slot (diffusion) or the next (AR).
 
         valid (bool [b, s], with a cache [b, L]): False is padding, which no slot sees; None is all
-        True. With a cache the tokens lie at `slots` (int64 [s]) of its L slots: their keys and
-        values are stored there, and they see every slot stored so far (AR: not those behind).
+        True. With a cache the tokens lie at `slots` (int64 [s] or [b, s]) of its L slots: their
+        keys and values are stored there, and they see every slot stored so far (AR: not those
+        behind; block diffusion: not those of later blocks). wanted (bool [b, s]): slots that
+        logits are asked for, [n, V] row by row; None is all, [b, s, V]. context (bool, as valid):
+        slots that see each other but no other slot.
         """
 
     def new_cache(self, batch_size: int, num_slots: int) -> object:
@@ -89,9 +94,14 @@ class TokenChoice:
         """Ids int64 [n] for allowed logits [n, V], each by one uniform number (float64 [n])."""
         if self.temperature == 0:
             return allowed.argmax(1)
-        cumulative = self._weights(allowed).cumsum(1)
-        target = uniform[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, target, right=True)[:, 0]
+        return draw_from(self._weights(allowed), uniform)
+
+    def law(self, allowed: Tensor) -> Tensor:
+        """What `draw` draws from: float64 [n, V], every row sums to 1."""
+        if self.temperature == 0:
+            return functional.one_hot(allowed.argmax(1), allowed.shape[1]).double()
+        weights = self._weights(allowed)
+        return weights / weights.sum(1, keepdim=True)
 
     def _weights(self, allowed: Tensor) -> Tensor:
         """The law to draw from, up to a factor: float64 [n, V]."""
@@ -139,14 +149,17 @@ def sample_autoregressive(
     store = denoiser.new_cache(*tokens.shape) if cache == "exact" else None
     ended, evaluations = torch.zeros_like(tokens[:, 0], dtype=torch.bool), canvas.zeros()
     for slot in range(start, tokens.shape[1]):
+        fresh = canvas.slots[0 if slot == start or store is None else slot - 1 : slot]
+        wanted = (fresh == slot - 1).expand(len(tokens), -1)
         if store is None:
             seen = None if canvas.valid is None else canvas.valid[:, :slot]
-            logits = denoiser(tokens[:, :slot], valid=seen)
+            logits = denoiser(tokens[:, fresh], valid=seen, wanted=wanted)
         else:
-            fresh = canvas.slots[0 if slot == start else slot - 1 : slot]
-            logits = denoiser(tokens[:, fresh], valid=canvas.valid, slots=fresh, cache=store)
+            logits = denoiser(
+                tokens[:, fresh], valid=canvas.valid, slots=fresh, cache=store, wanted=wanted
+            )
         noise = uniform(seed, DRAW_TOKEN, canvas.rows[:, slot], canvas.positions[:, slot])
-        drawn = choice.draw(choice.allowed(logits[:, -1]), noise)
+        drawn = choice.draw(choice.allowed(logits), noise)
         evaluations += ~ended
         tokens[:, slot] = drawn if eos_id is None else drawn.masked_fill(ended, eos_id)
         if watch is not None:
@@ -205,6 +218,24 @@ def _check(prompt: Tensor, num_tokens: int, valid: Tensor | None, row_ids: Tenso
         raise ValueError("a prompt has padding on its right; pad it on its left")
     if row_ids is not None and row_ids.shape != prompt.shape[:1]:
         raise ValueError(f"row_ids has {row_ids.numel()} entries for {shape[0]} prompts")
+
+
+def draw_from(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Ids int64 [n], in row i with probabilities proportional to weights[i] ([n, V])."""
+    cumulative = weights.cumsum(1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+def highest(score: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
+    """In every row of score [b, L] the `count` ([b, 1]) highest candidates, the leftmost of equals.
+
+    Returns bool [b, L].
+    """
+    score = score.masked_fill(~candidates, float("-inf"))
+    ranking = score.argsort(dim=1, descending=True, stable=True)
+    chosen = (torch.arange(score.shape[1], device=score.device) < count).expand_as(ranking)
+    return torch.zeros_like(candidates).scatter(1, ranking, chosen) & candidates
 
 
 def num_before_end(tokens: Tensor, is_new: Tensor, eos_id: int | None) -> Tensor:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_dlm.generation.block_samplers import sample_block
+from megatron_dlm.generation.hybrid_noise import HybridNoise
+from megatron_dlm.generation.hybrid_samplers import (
+    REVERSE_DIFFUSION,
+    HybridDecoding,
+    sample_hybrid,
+)
 from megatron_dlm.generation.masked_samplers import REVERSE_PROCESS, MaskedDecoding, sample_masked
 from megatron_dlm.generation.prompts import Prompt, encode_template, pad_left
 from megatron_dlm.generation.samplers import (
@@ -33,7 +42,9 @@ class Sampling:
     """Fill the gaps of templates instead of continuing prompts."""
     choice: TokenChoice = PLAIN_CHOICE
     decoding: MaskedDecoding = REVERSE_PROCESS
-    """Masked models."""
+    """Masked and block models."""
+    hybrid: HybridDecoding = REVERSE_DIFFUSION
+    """Hybrid models."""
     keeps_keys: bool = True
     """Autoregressive models: compute every token once."""
     stop: bool = True
@@ -128,12 +139,15 @@ class _Writer:
     def __init__(self, model: LoadedModel, sampling: Sampling) -> None:
         if model.tokenizer is None:
             raise ValueError(f"{model.source} has no tokenizer; text needs one")
-        self._is_masked = model.objective_kind != "autoregressive"
-        if self._is_masked and model.mask_token_id is None:
-            raise ValueError(f"{model.source} is a masked model but names no mask id")
-        if sampling.infill and not self._is_masked:
-            raise ValueError(f"{model.source} is autoregressive; only masked models fill gaps")
+        self._has_gaps = model.objective_kind != "autoregressive"
+        if self._has_gaps and model.mask_token_id is None:
+            raise ValueError(
+                f"{model.source} is a {model.objective_kind} model but names no mask id"
+            )
+        if sampling.infill and not self._has_gaps:
+            raise ValueError(f"{model.source} is autoregressive; only diffusion models fill gaps")
         self._tokenizer, self._sampling = model.tokenizer, sampling
+        self._kind, self._config = model.objective_kind, model.model.config
         self._denoiser, self._device = model.model.denoiser(), model.model.device
         self._mask_id = -1 if model.mask_token_id is None else model.mask_token_id
         eod_id = model.tokenizer.eod_id
@@ -151,7 +165,7 @@ class _Writer:
         if self._sampling.infill:
             return encode_template(text, self._tokenizer, self._mask_id)
         tokens = self._tokenizer.encode(text)
-        if not tokens and not self._is_masked and self._eos_id is not None:
+        if not tokens and not self._has_gaps and self._eos_id is not None:
             tokens = [self._eos_id]
         return Prompt(text, tokens)
 
@@ -161,36 +175,36 @@ class _Writer:
         """Sampled rows for (number of the text, prompt) pairs."""
         sampling = self._sampling
         tokens, valid = pad_left([prompt.tokens for _, prompt in batch], filler=0)
-        prompts, valid = tokens.to(self._device), valid.to(self._device)
-        num_tokens = 0 if sampling.infill else sampling.num_tokens
-        eos_id = self._eos_id if sampling.stop and not sampling.infill else None
-        row_ids = torch.tensor([number for number, _ in batch])
-        if self._is_masked:
-            return sample_masked(
-                self._denoiser,
-                prompts,
-                mask_id=self._mask_id,
-                num_tokens=num_tokens,
-                decoding=sampling.decoding,
-                choice=self._choice,
-                valid=valid,
-                eos_id=eos_id,
-                seed=sampling.seed,
-                row_ids=row_ids,
-                watch=watch,
+        given: dict[str, Any] = {
+            "num_tokens": 0 if sampling.infill else sampling.num_tokens,
+            "choice": self._choice,
+            "valid": valid.to(self._device),
+            "eos_id": self._eos_id if sampling.stop and not sampling.infill else None,
+            "seed": sampling.seed,
+            "row_ids": torch.tensor([number for number, _ in batch]),
+            "watch": watch,
+        }
+        return self._sampler()(self._denoiser, tokens.to(self._device), **given)
+
+    def _sampler(self) -> Callable[..., Samples]:
+        """That of the model's kind, with the options of that kind."""
+        sampling, config, mask_id = self._sampling, self._config, self._mask_id
+        if self._kind == "autoregressive":
+            return partial(sample_autoregressive, cache="exact" if sampling.keeps_keys else "none")
+        if self._kind == "hybrid":
+            return partial(
+                sample_hybrid,
+                mask_id=mask_id,
+                vocab_size=config.vocab_size,
+                noise=noise_of(config),
+                decoding=sampling.hybrid,
+                prompt_attention=config.prompt_attention,
             )
-        return sample_autoregressive(
-            self._denoiser,
-            prompts,
-            num_tokens=num_tokens,
-            choice=self._choice,
-            valid=valid,
-            cache="exact" if sampling.keeps_keys else "none",
-            eos_id=eos_id,
-            seed=sampling.seed,
-            row_ids=row_ids,
-            watch=watch,
-        )
+        decoding = sampling.decoding
+        if self._kind == "block":
+            size = config.block_size
+            return partial(sample_block, mask_id=mask_id, block_size=size, decoding=decoding)
+        return partial(sample_masked, mask_id=mask_id, decoding=decoding)
 
     def text(self, prompt: Prompt, row: Sequence[int], num_new: int) -> tuple[str, list[int]]:
         """Text and ids of what is new in a sampled row; of a template the whole text."""
@@ -208,6 +222,13 @@ class _Writer:
         if whole.startswith(before):
             return whole[len(before) :], new
         return self._tokenizer.decode(new), new
+
+
+def noise_of(config: Any) -> HybridNoise:
+    """The noise of a hybrid model, from the configuration that ships with it."""
+    if config.noise_type == "time":
+        return HybridNoise(uniform_probability=config.uniform_probability)
+    return HybridNoise(config.noise_bias, config.noise_scale)
 
 
 class _Clock:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.hf.mapping import has_query_bias
+from megatron_dlm.hf.objective_settings import read_objective, write_objective
 
 Layout = Literal["qwen3", "qwen2", "llama", "megatron_dlm", "megadlms"]
-ObjectiveKind = Literal["autoregressive", "masked"]
 
 MODELING, CONFIGURATION = "modeling_megatron_dlm", "configuration_megatron_dlm"
 _ARCHITECTURES: dict[str, Layout] = {
@@ -37,6 +38,17 @@ _AUTO_MAPS: dict[Layout, dict[str, str]] = {
 }
 # activation -> (hidden_act, gated_mlp)
 _ACTIVATIONS = {"swiglu": ("silu", True), "squared_relu": ("relu2", False), "gelu": ("gelu", False)}
+# Options of the model section that only our own code knows, under their own names; Llama knows the
+# first, too.
+_OPTIONS = (
+    "mlp_bias",
+    "qk_layernorm_scope",
+    "attn_logit_softcapping",
+    "attention_sink",
+    "layernorm_zero_centered_gamma",
+    "residual_multiplier",
+    "output_multiplier",
+)
 # Options of Megatron Core that say how the model is computed, not what.
 _HOW_NOT_WHAT = (
     "apply_query_key_layer_scaling",
@@ -93,7 +105,7 @@ class Described:
 
     layout: Layout
     model: ModelConfig
-    kind: ObjectiveKind
+    objective: ObjectiveConfig
     ids: SpecialIds
 
 
@@ -108,7 +120,7 @@ def check_expressible(model: ModelConfig) -> None:
         )
 
 
-def choose_layout(model: ModelConfig, kind: ObjectiveKind, wanted: str) -> Layout:
+def choose_layout(model: ModelConfig, objective: ObjectiveConfig, wanted: str) -> Layout:
     """The layout to write: auto takes stock code where it computes the same, else ours.
 
     Raises ValueError naming what keeps the model out of the wanted layout.
@@ -116,32 +128,51 @@ def choose_layout(model: ModelConfig, kind: ObjectiveKind, wanted: str) -> Layou
     check_expressible(model)
     if wanted == "megatron_dlm":
         return "megatron_dlm"
+    options = _options_of(model)
     has_bias, gated = has_query_bias(model), model.activation == "swiglu"
     if wanted == "megadlms":
+        kind = objective.kind
         obstacles = {
             f"objective.kind {kind} (it must be masked)": kind != "masked",
             f"model.activation {model.activation} (it must be swiglu)": not gated,
             "model.qk_layernorm false (it must be true)": not model.qk_layernorm,
             "model.megatron.add_qkv_bias true (it must be false)": has_bias,
             "model.rope_scaling_factor (it must be null)": model.rope_scaling_factor is not None,
+            **{f"model.{name} {value}": True for name, value in options.items()},
         }
         for obstacle, stands in obstacles.items():
             if stands:
                 raise ValueError(f"layout megadlms cannot express {obstacle}; use layout auto")
         return "megadlms"
-    if kind != "autoregressive" or not gated or (model.qk_layernorm and has_bias):
+    if objective.kind != "autoregressive" or not gated or options.keys() - {"mlp_bias"}:
         return "megatron_dlm"
+    if model.mlp_bias:
+        return _llama(model) if not (model.qk_layernorm or has_bias) else "megatron_dlm"
     if model.qk_layernorm:
-        return "qwen3"
+        return "megatron_dlm" if has_bias else "qwen3"
     if has_bias:
         return "qwen2" if model.kv_channels is None else "megatron_dlm"
+    return _llama(model)
+
+
+def _llama(model: ModelConfig) -> Layout:
     # transformers 5 insists on this although head_dim is given.
     is_divisible = model.hidden_size % model.num_attention_heads == 0
     return "llama" if is_divisible else "megatron_dlm"
 
 
+def _options_of(model: ModelConfig) -> dict[str, Any]:
+    """The options that are on."""
+    values = {name: getattr(model, name) for name in _OPTIONS}
+    return {
+        name: value
+        for name, value in values.items()
+        if value != ModelConfig.__dataclass_fields__[name].default
+    }
+
+
 def write_config(
-    model: ModelConfig, kind: ObjectiveKind, layout: Layout, *, ids: SpecialIds, dtype: str
+    model: ModelConfig, objective: ObjectiveConfig, layout: Layout, *, ids: SpecialIds, dtype: str
 ) -> dict[str, Any]:
     """config.json of a model; readable by transformers 4.51 to 5."""
     hidden_act, gated = _ACTIVATIONS[model.activation]
@@ -179,17 +210,18 @@ def write_config(
         config["rope_scaling"] = None
     if layout in ("qwen3", "llama", "megatron_dlm"):
         config["attention_bias"] = has_query_bias(model)
-    if layout in ("megatron_dlm", "megadlms"):
-        config |= {
-            "attn_mask_type": "causal" if kind == "autoregressive" else "bidirectional",
-            "mask_token_id": ids.mask,
-        }
+    if layout == "llama":
+        config["mlp_bias"] = model.mlp_bias
+    if layout == "megadlms":
+        config |= {"attn_mask_type": "bidirectional", "mask_token_id": ids.mask}
     if layout == "megatron_dlm":
+        config |= write_objective(objective)
         config |= {
-            "objective_kind": kind,
+            "mask_token_id": ids.mask,
+            "silent_token_ids": list(ids.silent),
             "qk_layernorm": model.qk_layernorm,
             "gated_mlp": gated,
-            "silent_token_ids": list(ids.silent),
+            **{name: getattr(model, name) for name in _OPTIONS},
         }
     return config
 
@@ -214,7 +246,9 @@ def read_config(config: Mapping[str, Any], path: Path) -> Described:
     qk_layernorm = layout in ("qwen3", "megadlms")
     if layout == "megatron_dlm":
         qk_layernorm = bool(config.get("qk_layernorm", True))
-    model = ModelConfig(
+    ids = _ids(config)
+    model = _model_config(
+        path,
         num_layers=count("num_hidden_layers"),
         hidden_size=hidden_size,
         num_attention_heads=num_heads,
@@ -231,8 +265,21 @@ def read_config(config: Mapping[str, Any], path: Path) -> Described:
         untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
         init_method_std=config.get("initializer_range") or 0.02,
         megatron={"add_qkv_bias": True} if has_bias else {},
+        **_read_options(config, layout),
     )
-    return Described(layout, model, _kind(config, layout, path), _ids(config))
+    return Described(layout, model, _objective(config, layout, path, ids), ids)
+
+
+def _model_config(path: Path, **values: Any) -> ModelConfig:
+    try:
+        return ModelConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_options(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    known = {"megatron_dlm": _OPTIONS, "llama": ("mlp_bias",)}.get(layout, ())
+    return {name: config[name] for name in known if name in config}
 
 
 def _count(config: Mapping[str, Any], name: str, path: Path) -> int:
@@ -264,7 +311,7 @@ def _layout_of(config: Mapping[str, Any], path: Path) -> Layout:
 
 def _refuse_foreign_settings(config: Mapping[str, Any], layout: Layout, path: Path) -> None:
     foreign = {
-        "mlp_bias": config.get("mlp_bias"),
+        "mlp_bias": layout in ("qwen3", "qwen2", "megadlms") and config.get("mlp_bias"),
         "use_sliding_window": config.get("use_sliding_window"),
         "pretraining_tp": (config.get("pretraining_tp") or 1) != 1,
         "quantization_config": config.get("quantization_config"),
@@ -315,16 +362,15 @@ def _activation(config: Mapping[str, Any], path: Path) -> Any:
     raise ValueError(f"{path}: hidden_act {said[0]} (gated: {said[1]}) is not one of ours")
 
 
-def _kind(config: Mapping[str, Any], layout: Layout, path: Path) -> ObjectiveKind:
+def _objective(
+    config: Mapping[str, Any], layout: Layout, path: Path, ids: SpecialIds
+) -> ObjectiveConfig:
     if layout == "megadlms":
         pattern = config.get("attn_mask_type", "bidirectional")
         if pattern != "bidirectional":
             raise ValueError(f"{path}: attn_mask_type is {pattern}; DiffLM is bidirectional")
-        return "masked"
-    kind = config.get("objective_kind", "autoregressive")
-    if kind not in ("autoregressive", "masked"):
-        raise ValueError(f"{path}: objective_kind is {kind}; use autoregressive or masked")
-    return kind
+        return ObjectiveConfig(kind="masked", mask_token_id=ids.mask)
+    return read_objective(config, path, mask_token_id=ids.mask)
 
 
 def _ids(config: Mapping[str, Any]) -> SpecialIds:

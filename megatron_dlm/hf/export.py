@@ -38,8 +38,20 @@ from megatron_dlm.hf.tokenizer_files import TokenizerParity, write_tokenizer
 PARITY_FILE = "parity.json"
 _UNFINISHED = ".unfinished"
 _BLOCK_BYTES = 64 << 20
-_CODE = ("hf/remote_code/configuration_megatron_dlm.py", "hf/remote_code/modeling_megatron_dlm.py")
-_SAMPLERS = ("generation/samplers.py", "generation/masked_samplers.py")
+# What ships beside the weights of our own layout, under the package.
+_CODE = (
+    "hf/remote_code/configuration_megatron_dlm.py",
+    "hf/remote_code/modeling_megatron_dlm.py",
+    "hf/remote_code/denoiser.py",
+    "hf/remote_code/layers.py",
+    "hf/remote_code/rotary.py",
+    "hf/remote_code/visibility.py",
+    "generation/samplers.py",
+    "generation/masked_samplers.py",
+    "generation/hybrid_noise.py",
+    "generation/hybrid_samplers.py",
+    "generation/block_samplers.py",
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,7 @@ def export(config: ExportConfig) -> None:
 def _open(config: ExportConfig) -> _Subject:
     checkpoint = find_checkpoint(Path(config.checkpoint), config.step)
     model, objective = model_of(checkpoint)
-    layout = choose_layout(model, objective.kind, config.layout)
+    layout = choose_layout(model, objective, config.layout)
     reader = CheckpointReader(checkpoint.path)
     reader.check(model)
     stored = reader.stored("embedding.word_embeddings.weight").dtype
@@ -132,9 +144,9 @@ def _write_tokenizer(
 def _write_settings(
     subject: _Subject, ids: SpecialIds, directory: Path, *, eager_attention: bool
 ) -> None:
-    kind, layout = subject.objective.kind, subject.layout
+    objective, layout = subject.objective, subject.layout
     dtype = str(subject.dtype).removeprefix("torch.")
-    settings = write_config(subject.model, kind, layout, ids=ids, dtype=dtype)
+    settings = write_config(subject.model, objective, layout, ids=ids, dtype=dtype)
     if eager_attention:
         settings["_attn_implementation"] = "eager"
     _write_json(directory / CONFIG_FILE, settings)
@@ -145,7 +157,7 @@ def _write_settings(
     _write_json(directory / "generation_config.json", generation)
     if layout == "megatron_dlm":
         package = Path(megatron_dlm.__file__).parent
-        for name in (*_CODE, *_SAMPLERS):
+        for name in _CODE:
             code = (package / name).read_text(encoding="utf-8")
             # Beside the weights the files find each other by relative imports.
             code = code.replace("from megatron_dlm.generation.", "from .")

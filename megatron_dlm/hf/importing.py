@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from megatron_dlm.checkpoint.retention import whole_checkpoints
-from megatron_dlm.config.architecture import WEIGHT_FIELDS, ModelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.hf_commands import ImportConfig
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import RunConfig
@@ -39,8 +39,6 @@ from megatron_dlm.models.accounting import count_parameters
 
 SETTINGS_FILE = "imported.yaml"
 _BLOCK_ROWS = 8192
-# What the weights say of the model section; all of it is written, defaults too.
-_IMPLIED = (*WEIGHT_FIELDS, "seq_length", "megatron")
 
 
 @dataclass(frozen=True)
@@ -147,24 +145,30 @@ def _write_tokenizer(subject: _Subject, directory: Path, mask_token: str) -> Non
 
 
 def _objective(config: ImportConfig, subject: _Subject) -> ObjectiveConfig:
-    kind = subject.described.kind if config.objective == "same" else config.objective
-    return ObjectiveConfig(kind=kind, mask_token_id=subject.mask.token_id)
+    """What the model learned, or the defaults of what it is to learn."""
+    learned = subject.described.objective
+    kind = learned.kind if config.objective == "same" else config.objective
+    objective = learned if kind == learned.kind else ObjectiveConfig(kind=kind)
+    return replace(objective, mask_token_id=subject.mask.token_id)
 
 
 def _settings(
     subject: _Subject, objective: ObjectiveConfig, tokenizer: Path | None, output: Path
 ) -> dict[str, Any]:
     """The part of the run's configuration that the weights imply."""
-    default = asdict(ModelConfig())
-    model = {name: value for name, value in asdict(subject.model).items() if value != default[name]}
     settings: dict[str, Any] = {
-        "model": model,
-        "objective": {"kind": objective.kind, "mask_token_id": objective.mask_token_id},
+        "model": _changed(subject.model, ModelConfig()),
+        "objective": {"kind": objective.kind, **_changed(objective, ObjectiveConfig())},
         "train": {"output_dir": str(output)},
     }
     if tokenizer is not None:
         settings["data"] = {"tokenizer": str(tokenizer)}
     return settings
+
+
+def _changed(section: Any, default: Any) -> dict[str, Any]:
+    defaults = asdict(default)
+    return {name: value for name, value in asdict(section).items() if value != defaults[name]}
 
 
 def _write_checkpoint(

@@ -14,16 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.config.objective import ObjectiveConfig, ObjectiveKind
 from megatron_dlm.config.tokenizer_metadata import holds_tokenizer
 from megatron_dlm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint, model_of
-from megatron_dlm.hf.configuration import (
-    ObjectiveKind,
-    SpecialIds,
-    check_expressible,
-    read_config,
-    write_config,
-)
+from megatron_dlm.hf.configuration import SpecialIds, check_expressible, read_config, write_config
 from megatron_dlm.hf.dtypes import DTYPES
 from megatron_dlm.hf.extra import library
 from megatron_dlm.hf.mapping import OUTPUT, ExportedTensor, exported_tensors
@@ -37,7 +32,8 @@ class LoadedModel:
     model: Any
     """MegatronDLMForCausalLM, whatever the layout of the files."""
     tokenizer: Tokenizer | None
-    objective_kind: ObjectiveKind
+    objective: ObjectiveConfig
+    """What was learned. Of an exported directory only what samplers and likelihoods must know."""
     mask_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
@@ -48,13 +44,17 @@ class LoadedModel:
     facts: dict[str, Any] = field(default_factory=dict)
     """What is known of the run: step, manifest or config.json."""
 
+    @property
+    def objective_kind(self) -> ObjectiveKind:
+        return self.objective.kind
+
 
 @dataclass(frozen=True)
 class _Origin:
     """Where weights come from."""
 
     model: ModelConfig
-    kind: ObjectiveKind
+    objective: ObjectiveConfig
     ids: SpecialIds
     tokenizer: Tokenizer | None
     read: Callable[[ExportedTensor], Tensor]
@@ -88,7 +88,7 @@ def load_model(
         origin = _hugging_face(path, tokenizer)
     else:
         origin = _checkpoint(path, step, tokenizer)
-    model = build_inference_model(origin.model, origin.kind, origin.ids)
+    model = build_inference_model(origin.model, origin.objective, origin.ids)
     wanted = None if dtype is None else DTYPES[dtype]
     state = {
         tensor.name: origin.read(tensor).to(device=device, dtype=wanted)
@@ -99,7 +99,7 @@ def load_model(
     return LoadedModel(
         model=model.eval().requires_grad_(False),
         tokenizer=origin.tokenizer,
-        objective_kind=origin.kind,
+        objective=replace(origin.objective, mask_token_id=ids.mask),
         mask_token_id=ids.mask,
         eos_token_id=ids.eos,
         pad_token_id=ids.pad,
@@ -109,14 +109,14 @@ def load_model(
     )
 
 
-def build_inference_model(model: ModelConfig, kind: ObjectiveKind, ids: SpecialIds) -> Any:
+def build_inference_model(model: ModelConfig, objective: ObjectiveConfig, ids: SpecialIds) -> Any:
     """MegatronDLMForCausalLM without weights (on the meta device)."""
     library("transformers")
     from megatron_dlm.hf.remote_code.configuration_megatron_dlm import MegatronDLMConfig
     from megatron_dlm.hf.remote_code.modeling_megatron_dlm import MegatronDLMForCausalLM
 
     check_expressible(model)
-    config = write_config(model, kind, "megatron_dlm", ids=ids, dtype="float32")
+    config = write_config(model, objective, "megatron_dlm", ids=ids, dtype="float32")
     with torch.device("meta"):
         return MegatronDLMForCausalLM(MegatronDLMConfig(**config))
 
@@ -153,7 +153,7 @@ def _checkpoint(path: Path, step: int | None, tokenizer_path: str | Path | None)
     assert model.vocab_size is not None
     ids = special_ids(tokenizer, objective.mask_token_id, model.vocab_size)
     facts = {"step": checkpoint.step, "manifest": dict(checkpoint.manifest)}
-    return _Origin(model, objective.kind, ids, tokenizer, reader.read, checkpoint.path, facts)
+    return _Origin(model, objective, ids, tokenizer, reader.read, checkpoint.path, facts)
 
 
 def _hugging_face(path: Path, tokenizer_path: str | Path | None) -> _Origin:
@@ -165,7 +165,7 @@ def _hugging_face(path: Path, tokenizer_path: str | Path | None) -> _Origin:
     tokenizer = None if where is None else load_tokenizer(where)
     return _Origin(
         described.model,
-        described.kind,
+        described.objective,
         _completed(described.ids, tokenizer),
         tokenizer,
         lambda tensor: weights.rows(tensor.name),

@@ -139,17 +139,27 @@ def _layer_tensors(model: ModelConfig, layer: int) -> Iterator[CheckpointTensor]
     yield _query_key_value(model, layer, "weight", width)
     if has_query_bias(model):
         yield _query_key_value(model, layer, "bias", None)
+    size = model.head_size
+    heads_width = model.num_attention_heads * size
     if model.qk_layernorm:
-        for which in ("q", "k"):
+        is_full = model.qk_layernorm_scope == "full"
+        sizes = (heads_width, model.query_groups * size) if is_full else (size, size)
+        for which, rows in zip(("q", "k"), sizes, strict=True):
             key, name = f"{which}_layernorm.weight", f"self_attn.{which}_norm.weight"
-            yield whole(f"{_ATTENTION}.{key}", name, model.head_size)
-    heads_width = model.num_attention_heads * model.head_size
+            yield whole(f"{_ATTENTION}.{key}", name, rows)
+    if model.attention_sink:
+        for which in ("sink_key", "sink_value"):
+            key, name = f"{_ATTENTION}.core_attention.{which}", f"self_attn.{which}"
+            yield whole(key, name, model.query_groups, size)
     yield whole(f"{_ATTENTION}.linear_proj.weight", "self_attn.o_proj.weight", width, heads_width)
     yield whole(f"{_MLP}.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", width)
     gated = ("gate", "up") if model.activation == "swiglu" else ("up",)
-    parts = tuple(Part(f"{names}.mlp.{which}_proj.weight", 0, inner) for which in gated)
-    yield CheckpointTensor(f"{_MLP}.linear_fc1.weight", layer, width, parts)
-    yield whole(f"{_MLP}.linear_fc2.weight", "mlp.down_proj.weight", width, inner)
+    # kind -> columns of the projections up and down
+    columns = {"weight": (width, inner), **({"bias": (None, None)} if model.mlp_bias else {})}
+    for kind, (up, down) in columns.items():
+        parts = tuple(Part(f"{names}.mlp.{which}_proj.{kind}", 0, inner) for which in gated)
+        yield CheckpointTensor(f"{_MLP}.linear_fc1.{kind}", layer, up, parts)
+        yield whole(f"{_MLP}.linear_fc2.{kind}", f"mlp.down_proj.{kind}", width, down)
 
 
 def _query_key_value(

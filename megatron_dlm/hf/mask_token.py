@@ -41,8 +41,9 @@ def plan_mask(
     size = described.model.vocab_size
     assert size is not None
     num_text_rows = size if source is None else min(size, source.metadata.vocab_size)
-    kind = described.kind if config.objective == "same" else config.objective
-    if kind != "masked":
+    own_kind = described.objective.kind
+    kind = own_kind if config.objective == "same" else config.objective
+    if kind == "autoregressive":
         return MaskPlan(described.ids.mask, size, False, num_text_rows, "not needed")
     known = described.ids.mask
     if known is None and source is not None:
@@ -55,7 +56,7 @@ def plan_mask(
         )
     if source is not None:
         _check_against_tokenizer(token, source)
-    was_mask = described.kind == "masked" and token == described.ids.mask
+    was_mask = own_kind != "autoregressive" and token == described.ids.mask
     if token == size:
         origin = "a row was added"
     elif was_mask:

@@ -19,6 +19,11 @@ _WHAT = {
     "next token.",
     "masked": "A masked-diffusion language model: attention is bidirectional, and the logits of a "
     "slot are those of its own token, hidden behind the mask.",
+    "hybrid": "A diffusion language model whose noise is masks and other tokens: attention is "
+    "bidirectional, and the logits of a slot are those of its own token, hidden or replaced.",
+    "block": "A block-diffusion language model: a block of tokens is denoised at a time, from left "
+    "to right; attention sees the own block and those before, and the logits of a slot are those "
+    "of its own token, hidden behind the mask.",
 }
 
 
@@ -63,15 +68,15 @@ def _facts(
         "parameters": f"{checkpoint.manifest['num_parameters']:,}",
         "layers × width": f"{model.num_layers} × {model.hidden_size}",
         "heads": f"{model.num_attention_heads}{groups}, of {model.head_size}",
-        "MLP": f"{model.ffn_size}, {model.activation}",
+        "MLP": f"{model.ffn_size}, {model.activation}" + (", biases" if model.mlp_bias else ""),
+        "other options": _options(model),
         "vocabulary": f"{model.vocab_size:,}",
         "sequence length": f"{model.seq_length:,}",
         "objective": _objective(objective),
         "step": f"{checkpoint.step:,}",
         "tokens trained on, repeats included": f"{tokens:,}",
         "unique tokens": _count(run.get("unique_tokens")),
-        "optimizer": f"AdamW, lr {config['optimizer']['lr']}, "
-        f"weight decay {config['optimizer']['weight_decay']}",
+        "optimizer": _optimizer(config["optimizer"]),
         "batch": f"{config['train']['global_batch_size']} samples",
         "precision": config["train"]["precision"],
         "seed": str(config["train"]["seed"]),
@@ -81,14 +86,65 @@ def _facts(
     return "\n".join(["## Training", "", "| | |", "|---|---|", *lines])
 
 
+def _options(model: ModelConfig) -> str:
+    cap = model.attn_logit_softcapping
+    said = {
+        "QK norm over the full width": model.qk_layernorm_scope == "full",
+        f"attention scores capped at {cap}": cap is not None,
+        "learned attention sink": model.attention_sink,
+        "gains as 1 + weight": model.layernorm_zero_centered_gamma,
+        f"residual multiplier {model.residual_multiplier:g}": model.residual_multiplier != 1.0,
+        f"output multiplier {model.output_multiplier:g}": model.output_multiplier != 1.0,
+    }
+    return ", ".join(name for name, is_on in said.items() if is_on)
+
+
+def _optimizer(settings: Mapping[str, Any]) -> str:
+    kind = {"laprop": "LaProp"}.get(settings.get("kind", "adamw"), "AdamW")
+    completep = ", CompleteP" if settings.get("parametrization") == "completep" else ""
+    return f"{kind}{completep}, lr {settings['lr']}, weight decay {settings['weight_decay']}"
+
+
 def _objective(objective: ObjectiveConfig) -> str:
     if objective.kind == "autoregressive":
         ratio = objective.input_masking_ratio
         return "autoregressive" + (f", input masking {ratio}" if ratio else "")
-    return (
-        f"masked, {objective.schedule} schedule, {objective.weighting} weighting, "
-        f"mask id {objective.mask_token_id}"
-    )
+    said = [objective.kind, *_details(objective), f"{objective.weighting} weighting"]
+    return ", ".join([*said, f"mask id {objective.mask_token_id}"])
+
+
+def _details(objective: ObjectiveConfig) -> list[str]:
+    if objective.kind == "hybrid":
+        return [_noise(objective), *_shares(objective)]
+    said = [f"{objective.schedule} schedule"]
+    if objective.kind == "block":
+        said.insert(0, f"blocks of {objective.block_size} tokens")
+    if objective.attention_annealing_steps:
+        said.append(f"attention from causal over {objective.attention_annealing_steps:,} steps")
+    return said
+
+
+def _noise(objective: ObjectiveConfig) -> str:
+    if objective.noise_type == "time":
+        return f"noise by GIDD's time form with p_u {objective.uniform_probability:g}"
+    if objective.noise_bias is None:
+        bias = f"{objective.noise_type} noise"
+    else:
+        bias = f"noise of bias {objective.noise_bias:g}"
+    scale = objective.noise_scale
+    return bias if scale == 1.0 else f"{bias} and scale {scale:g}"
+
+
+def _shares(objective: ObjectiveConfig) -> list[str]:
+    shares = {
+        "own noise per token": objective.independent_noise_share,
+        "clean prompts": objective.prompt_share,
+        "infilling": objective.infilling_share,
+    }
+    said = [f"{name} in {share:.0%} of samples" for name, share in shares.items() if share]
+    if objective.empty_token_share:
+        said.append(f"up to {objective.empty_token_share:.0%} empty tokens")
+    return said
 
 
 def _count(value: Any) -> str:

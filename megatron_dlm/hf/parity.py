@@ -63,6 +63,7 @@ class _Side:
     layer: Callable[[int, Tensor], Tensor]
     """Number and hidden states [b, s, h] -> hidden states [b, s, h]."""
     norm: Callable[[Tensor], Tensor]
+    """Hidden states as the output layer's table multiplies them."""
     table: Callable[[str, int, int], Tensor]
     """Rows of the embedding or the output layer, fp32."""
 
@@ -78,13 +79,19 @@ def compare(
     text: str,
     tolerance: float,
 ) -> Parity:
-    """Logits of the exported `directory` against those of the checkpoint on tokens [b, s]."""
+    """Logits of the exported `directory` against those of the checkpoint on tokens [b, s].
+
+    Those of a block model are a corrupted and a clean half, as in training; a model that was
+    trained with prompts has one here, the first quarter of the slots.
+    """
     library("transformers")
     weights = SafetensorsDirectory(directory)
     config = read_config_file(directory)
     described = read_config(config, directory / CONFIG_FILE)
-    exported, class_name = _exported_side(directory, described, weights)
-    with _megatron_side(reader, model, objective, dtype=weights.dtype(EMBEDDING)) as original:
+    context = _context(objective, tokens)
+    exported, class_name = _exported_side(directory, described, weights, context)
+    dtype = weights.dtype(EMBEDDING)
+    with _megatron_side(reader, model, objective, context, dtype=dtype) as original:
         sides = (original, exported)
         hidden = [_embed(side, tokens) for side in sides]
         for number in range(model.num_layers):
@@ -99,6 +106,14 @@ def compare(
         compared=f"Megatron Core's layers and {class_name} (transformers {version}), fp32",
         text=text,
     )
+
+
+def _context(objective: ObjectiveConfig, tokens: Tensor) -> Tensor | None:
+    """bool [b, s]: the slots of a prompt, for a model that knows them."""
+    if objective.prompt_share == 0 and objective.infilling_share == 0:
+        return None
+    place = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return place < (tokens.shape[1] + 3) // 4
 
 
 def _embed(side: _Side, tokens: Tensor) -> Tensor:
@@ -141,9 +156,12 @@ def _compare_logits(
 
 
 def _exported_side(
-    directory: Path, described: Described, weights: SafetensorsDirectory
+    directory: Path, described: Described, weights: SafetensorsDirectory, context: Tensor | None
 ) -> tuple[_Side, str]:
     module, name = _one_layer_class(directory, described)
+    options: dict[str, Any] = {"use_cache": False}
+    if described.layout not in _STOCK:
+        options = {"context": context, "doubled": described.objective.kind == "block"}
     decoder, norm = module.model, module.model.norm
     decoder.norm = nn.Identity()
     names = [tensor.name for tensor in exported_tensors(described.model)]
@@ -157,11 +175,11 @@ def _exported_side(
             if name.startswith(prefix)
         }
         layer.load_state_dict(state, assign=True)
-        return decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return decoder(inputs_embeds=hidden, **options).last_hidden_state
 
     def run_norm(hidden: Tensor) -> Tensor:
         norm.load_state_dict({"weight": weights.rows(FINAL_NORM).float()}, assign=True)
-        return norm(hidden)
+        return norm(hidden) * described.model.output_multiplier
 
     def table(name: str, start: int, count: int) -> Tensor:
         return weights.rows(name, start, count).float()
@@ -173,7 +191,7 @@ def _one_layer_class(directory: Path, described: Described) -> tuple[Any, str]:
     """The model that transformers would build, with one layer and a vocabulary of one."""
     small = replace(described.model, num_layers=1, vocab_size=1, make_vocab_size_divisible_by=1)
     if described.layout not in _STOCK:
-        built = build_inference_model(small, described.kind, described.ids)
+        built = build_inference_model(small, described.objective, described.ids)
         return built.to_empty(device="cpu").eval(), type(built).__name__
     transformers = library("transformers")
     config = transformers.AutoConfig.from_pretrained(directory)
@@ -188,10 +206,15 @@ def _one_layer_class(directory: Path, described: Described) -> tuple[Any, str]:
 
 @contextmanager
 def _megatron_side(
-    reader: CheckpointReader, model: ModelConfig, objective: ObjectiveConfig, *, dtype: torch.dtype
+    reader: CheckpointReader,
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    context: Tensor | None,
+    *,
+    dtype: torch.dtype,
 ) -> Iterator[_Side]:
     device = open_device("auto")  # before megatron.core is imported
-    from megatron_dlm.models.build import build_model
+    from megatron_dlm.models.build import build_model, sharding_metadata
     from megatron_dlm.runtime.parallel import laid_out
     from megatron_dlm.runtime.seeding import seed_dropout
 
@@ -214,38 +237,45 @@ def _megatron_side(
             device=device,
             parallel=parallel,
         )
-        yield _sides_of_megatron(chunk.eval(), reader, model, dtype)
+        # Under the names of the checkpoint, as Megatron Core itself gives them.
+        places = chunk.sharded_state_dict(metadata=sharding_metadata(parallel))
+        weights = [
+            place
+            for name, place in places.items()
+            if name.startswith("decoder.layers.0.") and isinstance(place.data, Tensor)
+        ]
+        # True hides the key, in Megatron Core's sense.
+        mask = None if context is None else context[:, None, :, None] & ~context[:, None, None]
+
+        def read(key: str, layer: int | None, start: int, count: int) -> Tensor:
+            return reader.rows(key, layer, start, count).to(dtype).float()
+
+        yield _side_of_megatron(chunk.eval(), weights, read, attention_mask=mask)
 
 
-def _sides_of_megatron(
-    chunk: Any, reader: CheckpointReader, model: ModelConfig, dtype: torch.dtype
+def _side_of_megatron(
+    chunk: Any,
+    weights: list[Any],
+    read: Callable[[str, int | None, int, int], Tensor],
+    *,
+    attention_mask: Tensor | None,
 ) -> _Side:
     decoder, norm = chunk.decoder, chunk.decoder.final_layernorm
     decoder.final_layernorm = nn.Identity()
     device = norm.weight.device
-    # Under the names of the checkpoint, as Megatron Core itself gives them.
-    places = chunk.sharded_state_dict()
-    weights = [
-        places[name]
-        for name in places
-        if name.startswith("decoder.layers.0.") and isinstance(places[name].data, Tensor)
-    ]
-
-    def read(key: str, layer: int | None, start: int, count: int) -> Tensor:
-        return reader.rows(key, layer, start, count).to(dtype).float()
+    mask = None if attention_mask is None else attention_mask.to(device)
 
     def run_layer(number: int, hidden: Tensor) -> Tensor:
         for weight in weights:
-            num_rows = reader.stored(weight.key).shape[1]
-            weight.data.copy_(read(weight.key, number, 0, num_rows))
+            weight.data.copy_(read(weight.key, number, 0, len(weight.data)))
         rotary = chunk.rotary_pos_emb(hidden.shape[1])
         moved = hidden.transpose(0, 1).to(device)
-        run = decoder(hidden_states=moved, attention_mask=None, rotary_pos_emb=rotary)
+        run = decoder(hidden_states=moved, attention_mask=mask, rotary_pos_emb=rotary)
         return run.transpose(0, 1).cpu()
 
     def run_norm(hidden: Tensor) -> Tensor:
-        norm.weight.copy_(read("decoder.final_layernorm.weight", None, 0, model.hidden_size))
-        return norm(hidden.to(device)).cpu()
+        norm.weight.copy_(read("decoder.final_layernorm.weight", None, 0, len(norm.weight)))
+        return norm(hidden.to(device)).cpu() * chunk.output_multiplier
 
     def table(name: str, start: int, count: int) -> Tensor:
         key = {EMBEDDING: "embedding.word_embeddings.weight", OUTPUT: "output_layer.weight"}[name]

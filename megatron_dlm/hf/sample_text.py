@@ -46,8 +46,9 @@ def sample_tokens(
 ) -> tuple[Tensor, str]:
     """Two windows int64 [2, s] to compare on, and what they are: s at most the model's length.
 
-    Half of the slots of a masked model hold the mask, as in training. Without a tokenizer the
-    tokens are arbitrary.
+    Diffusion models get them as in training: half of the slots hold the mask, a quarter of a hybrid
+    model's any token, and a block model's clean text stands behind them, int64 [2, 2 s]. Without a
+    tokenizer the tokens are arbitrary.
     """
     assert model.vocab_size is not None
     random = np.random.default_rng(0)
@@ -62,8 +63,16 @@ def sample_tokens(
         raise ValueError("parity_text has fewer than two tokens; name a longer file")
     length = min(length, len(flat) // 2)
     tokens = torch.from_numpy(flat[: 2 * length]).view(2, length)
-    if objective.kind == "masked" and objective.mask_token_id is not None:
-        is_hidden = torch.from_numpy(random.random(tokens.shape) < 0.5)
-        tokens = tokens.masked_fill(is_hidden, objective.mask_token_id)
+    mask = objective.mask_token_id
+    mask = tokenizer.mask_id if mask is None and tokenizer is not None else mask
+    noisy, noise = tokens, torch.from_numpy(random.random(tokens.shape))
+    if objective.kind != "autoregressive" and mask is not None:
+        noisy = tokens.masked_fill(noise < 0.5, mask)
         origin += ", half of it masked"
-    return tokens, origin
+    if objective.kind == "hybrid":
+        drawn = torch.from_numpy(random.integers(0, model.vocab_size, tokens.shape))
+        noisy = torch.where(noise > 0.75, drawn, noisy)
+        origin += ", a quarter replaced"
+    if objective.kind == "block":
+        return torch.cat([noisy, tokens], dim=1), origin + ", and the clean text behind it"
+    return noisy, origin

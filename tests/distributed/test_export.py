@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +32,45 @@ from megatron_dlm.hf.load import load_model
 from megatron_dlm.hf.mapping import FINAL_NORM
 from megatron_dlm.hf.parity import compare
 
-# name -> (changes to the tiny model, whether autoregressive, architecture written)
-CASES: dict[str, tuple[dict[str, Any], bool, str]] = {
-    "tied": ({}, True, "Qwen3ForCausalLM"),
-    "untied": ({"untie_embeddings_and_output_weights": True}, True, "Qwen3ForCausalLM"),
-    "head_dim": ({"kv_channels": 12}, True, "Qwen3ForCausalLM"),
-    "no_query_norm": ({"qk_layernorm": False}, True, "LlamaForCausalLM"),
+AR: dict[str, Any] = {"kind": "autoregressive"}
+OURS = "MegatronDLMForCausalLM"
+# Values that no default has, of all options that only our own code knows.
+OPTIONS: dict[str, Any] = {
+    "mlp_bias": True,
+    "qk_layernorm_scope": "full",
+    "attn_logit_softcapping": 2.0,
+    "attention_sink": True,
+    "layernorm_zero_centered_gamma": True,
+    "residual_multiplier": 0.4,
+    "output_multiplier": 0.5,
+}
+# name -> (changes to the tiny model, objective, architecture written)
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "tied": ({}, AR, "Qwen3ForCausalLM"),
+    "untied": ({"untie_embeddings_and_output_weights": True}, AR, "Qwen3ForCausalLM"),
+    "head_dim": ({"kv_channels": 12}, AR, "Qwen3ForCausalLM"),
+    "no_query_norm": ({"qk_layernorm": False}, AR, "LlamaForCausalLM"),
+    "mlp_bias": ({"qk_layernorm": False, "mlp_bias": True}, AR, "LlamaForCausalLM"),
     "query_bias": (
         {"qk_layernorm": False, "megatron": {"add_qkv_bias": True}},
-        True,
+        AR,
         "Qwen2ForCausalLM",
     ),
-    "gelu": ({"activation": "gelu"}, True, "MegatronDLMForCausalLM"),
-    "masked": ({}, False, "MegatronDLMForCausalLM"),
+    "gelu": ({"activation": "gelu"}, AR, OURS),
+    "options": (OPTIONS, AR, OURS),
+    "masked": ({}, {}, OURS),
     "masked_untied": (
         {"untie_embeddings_and_output_weights": True, "kv_channels": 6, "num_query_groups": None},
-        False,
-        "MegatronDLMForCausalLM",
+        {},
+        OURS,
     ),
+    "hybrid": (
+        {**OPTIONS, "activation": "squared_relu", "untie_embeddings_and_output_weights": True},
+        {"kind": "hybrid", "noise_type": "low_uniform"},
+        OURS,
+    ),
+    "block": ({}, {"kind": "block", "block_size": 5}, OURS),
+    "block_options": (OPTIONS, {"kind": "block", "block_size": 4}, OURS),
 }
 
 
@@ -68,9 +90,9 @@ def test_transformers_computes_what_megatron_computes(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    changes, is_autoregressive, architecture = CASES[case]
+    changes, learned, architecture = CASES[case]
     model = tiny_model(**changes)
-    objective = AUTOREGRESSIVE if is_autoregressive else masked(model)
+    objective = replace(AUTOREGRESSIVE if learned is AR else masked(model), **learned)
     run, output = tmp_path / "run", tmp_path / "exported"
     layout = TP2_PP2 if num_ranks == 4 else ParallelConfig()
     ranks.run(save_in_ranks, run, model, objective, layout, num_ranks=num_ranks)
@@ -81,16 +103,18 @@ def test_transformers_computes_what_megatron_computes(
     export(ExportConfig(checkpoint=str(run), output_dir=str(output), parity_tolerance=1e-5))
     assert json.loads((output / "parity.json").read_text())["equal"] is True
     assert json.loads((output / "config.json").read_text())["architectures"] == [architecture]
-    has_code = architecture == "MegatronDLMForCausalLM"
+    has_code = architecture == OURS
     assert (output / "modeling_megatron_dlm.py").exists() == has_code
+    # Megatron's block models read a corrupted and a clean half.
+    options = {"doubled": True} if objective.kind == "block" else {}
     loaded = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=has_code)
     assert type(loaded).__name__ == architecture
     rows = torch.from_numpy(tokens)
     with torch.no_grad():
-        theirs = loaded.eval()(rows).logits.numpy()
+        theirs = loaded.eval()(rows, **options).logits.numpy()
     np.testing.assert_allclose(theirs, expected, rtol=0, atol=1e-5)
     for source in (run, output):
-        ours = load_model(source).model(rows).logits.numpy()
+        ours = load_model(source).model(rows, **options).logits.numpy()
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 

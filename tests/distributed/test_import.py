@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from saved_model import (
 from stock_models import write_stock
 
 from megatron_dlm.config.hf_commands import ExportConfig, ImportConfig
-from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint
+from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint, model_of
 from megatron_dlm.hf.export import export
 from megatron_dlm.hf.importing import import_model
 from megatron_dlm.hf.load import load_model
@@ -53,15 +54,42 @@ def test_the_reader_reads_every_tensor_as_megatron_does(ranks: RankPool, tmp_pat
         np.testing.assert_array_equal(np.stack(rows) if is_stacked else rows[0], values)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_import_of_an_export_is_bit_equal(ranks: RankPool, tmp_path: Path, precision: str) -> None:
-    model = tiny_model(untie_embeddings_and_output_weights=True, kv_channels=12)
+OPTIONS: dict[str, Any] = {
+    "mlp_bias": True,
+    "qk_layernorm_scope": "full",
+    "attn_logit_softcapping": 5.0,
+    "attention_sink": True,
+    "layernorm_zero_centered_gamma": True,
+    "residual_multiplier": 0.4,
+    "output_multiplier": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "learned"),
+    [
+        ("fp32", {}, {}),
+        ("bf16", {}, {}),
+        ("fp32", OPTIONS, {"kind": "hybrid", "noise_type": "high_uniform", "prompt_share": 0.3}),
+        ("bf16", OPTIONS, {"kind": "block", "block_size": 6}),
+    ],
+)
+def test_import_of_an_export_is_bit_equal(
+    ranks: RankPool,
+    tmp_path: Path,
+    precision: str,
+    options: dict[str, Any],
+    learned: dict[str, Any],
+) -> None:
+    model = tiny_model(untie_embeddings_and_output_weights=True, kv_channels=12, **options)
+    objective = replace(masked(model), **learned)
     run, output, back = (tmp_path / name for name in ("run", "exported", "back"))
-    ranks.run(save_in_ranks, run, model, masked(model), TP2_PP2, precision, num_ranks=4)
+    ranks.run(save_in_ranks, run, model, objective, TP2_PP2, precision, num_ranks=4)
     export(ExportConfig(str(run), str(output)))
     import_model(
         ImportConfig(str(output), str(back), tokenizer="none", make_vocab_size_divisible_by=32)
     )
+    assert model_of(find_checkpoint(back)) == (replace(model, transformer_impl="auto"), objective)
     paths = [str(find_checkpoint(path).path) for path in (run, back)]
     first, second = (ranks.run(checkpoint_tensors, path, num_ranks=1)[0] for path in paths)
     assert set(second) == {name for name in first if not name.startswith("optimizer")}
@@ -93,24 +121,39 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def import_for_diffusion(stock: Path, run: Path) -> Path:
+def import_for_diffusion(stock: Path, run: Path, objective: Any = "masked") -> Path:
     options: dict[str, Any] = {"tokenizer": "none", "make_vocab_size_divisible_by": 32}
-    import_model(ImportConfig(str(stock), str(run), objective="masked", **options))
+    import_model(ImportConfig(str(stock), str(run), objective=objective, **options))
     return run
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "objective", "learned"),
+    [
+        pytest.param("fp32", "masked", [], id="masked"),
+        pytest.param("bf16", "masked", [], id="masked_bf16"),
+        pytest.param("fp32", "masked", ["attention_annealing_steps=2"], id="annealed"),
+        pytest.param("fp32", "hybrid", ["prompt_share=0.5"], id="hybrid"),
+        pytest.param("fp32", "block", [], id="block"),
+    ],
+)
 def test_training_goes_on_from_an_import_on_any_layout(
-    ranks: RankPool, tmp_path: Path, stock: Path, precision: str
+    ranks: RankPool,
+    tmp_path: Path,
+    stock: Path,
+    precision: str,
+    objective: str,
+    learned: list[str],
 ) -> None:
     """AR -> diffusion on one rank and on TP2 x PP2: the first loss is that of the imported weights,
     and both runs go the same way; after a stop they go on from their own checkpoints."""
     shards = write_shards(tmp_path)
     curves = {}
     flags = [f"--train.precision={precision}", "--optimizer.lr=1e-4"]
+    flags += [f"--objective.{option}" for option in learned]
     split = ["--parallel.tensor_model_parallel_size=2", "--parallel.pipeline_model_parallel_size=2"]
     for name, num_ranks, layout in (("one", 1, []), ("four", 4, split)):
-        run = import_for_diffusion(stock, tmp_path / name)
+        run = import_for_diffusion(stock, tmp_path / name, objective)
         assert load_model(run).mask_token_id == MASK_ID
         settings = ["--config", str(run / "imported.yaml")]
         ranks.run(

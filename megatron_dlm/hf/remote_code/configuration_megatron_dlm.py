@@ -7,85 +7,105 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+_PATTERNS = ("bidirectional", "causal", "block")
+
 
 class MegatronDLMConfig(PretrainedConfig):
-    """Qwen3's keys, and what a diffusion language model adds to them.
-
-    attn_mask_type: "bidirectional" (diffusion) or "causal" (autoregressive).
-    objective_kind: what was learned; "masked" models predict the token of a slot itself,
-        "autoregressive" models the next one.
-    mask_token_id: the id that stands for a hidden token.
-    silent_token_ids: ids that stand for no text and are never generated.
-    qk_layernorm: RMSNorm on every query head and key head, before the rotary embedding.
-    attention_bias: biases of the query, key and value projections (none elsewhere).
-    rope_scaling_factor: stretch the rotary embedding as Llama 3.1 does; None is not at all.
-    gated_mlp: down(act(gate) * up), otherwise down(act(up)).
-    """
+    """Qwen3's keys, and what options and diffusion add to them."""
 
     model_type = "megatron_dlm"
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int = 32000,
-        hidden_size: int = 128,
-        intermediate_size: int = 384,
-        num_hidden_layers: int = 4,
-        num_attention_heads: int = 4,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
-        hidden_act: str = "silu",
-        gated_mlp: bool = True,
-        qk_layernorm: bool = True,
-        attention_bias: bool = False,
-        rms_norm_eps: float = 1e-6,
-        rope_theta: float = 10000.0,
-        rope_scaling_factor: float | None = None,
-        max_position_embeddings: int = 2048,
-        attn_mask_type: str = "bidirectional",
-        objective_kind: str = "masked",
-        mask_token_id: int | None = None,
-        silent_token_ids: Sequence[int] = (),
-        pad_token_id: int | None = None,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        tie_word_embeddings: bool = False,
-        initializer_range: float = 0.02,
-        **options: Any,
-    ) -> None:
+    vocab_size: int = 32000
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 0
+    """0: as many as query heads."""
+    head_dim: int = 0
+    """0: hidden_size / num_attention_heads."""
+    hidden_act: str = "silu"
+    gated_mlp: bool = True
+    """down(act(gate) * up), otherwise down(act(up))."""
+    mlp_bias: bool = False
+    attention_bias: bool = False
+    """Biases of the query, key and value projections, not of the output."""
+    qk_layernorm: bool = True
+    """RMSNorm on queries and keys, before the rotary embedding."""
+    qk_layernorm_scope: str = "head"
+    """head: every head by itself; full: all heads together, a gain for each number."""
+    attn_logit_softcapping: float | None = None
+    """Attention scores s become c tanh(s / c)."""
+    attention_sink: bool = False
+    """A learned key and value per key-value head, without a position, that every query sees."""
+    rms_norm_eps: float = 1e-6
+    layernorm_zero_centered_gamma: bool = False
+    """Weights of norms are the gain minus one."""
+    residual_multiplier: float = 1.0
+    """Of attention and MLP outputs."""
+    output_multiplier: float = 1.0
+    """Of logits."""
+    rope_theta: float = 10000.0
+    rope_scaling_factor: float | None = None
+    """Stretch the rotary embedding as Llama 3.1 does."""
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    attn_mask_type: str = "bidirectional"
+    """A slot sees: bidirectional, all; causal, those up to itself; block, those of its own block
+    of `block_size` tokens and of the blocks before."""
+    objective_kind: str = "masked"
+    """What was learned: masked, hybrid and block models predict the token of a slot itself,
+    autoregressive models the next one."""
+    block_size: int = 1
+    noise_type: str | None = None
+    """hybrid: name of the noise's bias; time is GIDD's mixing by uniform_probability instead."""
+    noise_bias: float | None = 0.0
+    noise_scale: float = 1.0
+    """hybrid: noise at log-SNR l is a uniform token with probability sigmoid(scale * l + bias),
+    else the mask."""
+    uniform_probability: float = 0.0
+    prompt_share: float = 0.0
+    infilling_share: float = 0.0
+    """hybrid: share of training samples with clean tokens that did not see the noisy ones, at the
+    beginning or anywhere."""
+    mask_token_id: int | None = None
+    """Stands for a hidden token."""
+    silent_token_ids: Sequence[int] = ()
+    """Stand for no text and are never generated."""
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __init__(self, **options: Any) -> None:
         rope = _pop_rope(options)
-        if attn_mask_type not in ("bidirectional", "causal"):
-            raise ValueError(f"attn_mask_type is {attn_mask_type!r}; use bidirectional or causal")
+        own = {
+            name: options.pop(name, getattr(MegatronDLMConfig, name))
+            for name in MegatronDLMConfig.__annotations__
+        }
+        if own["attn_mask_type"] not in _PATTERNS:
+            raise ValueError(
+                f"attn_mask_type is {own['attn_mask_type']!r}; use {', '.join(_PATTERNS)}"
+            )
         super().__init__(**options)
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.hidden_act = hidden_act
-        self.gated_mlp = gated_mlp
-        self.qk_layernorm = qk_layernorm
-        self.attention_bias = attention_bias
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = float(rope.get("rope_theta", rope_theta))
-        self.rope_scaling_factor = rope.get("factor", rope_scaling_factor)
-        self.max_position_embeddings = max_position_embeddings
-        self.attn_mask_type = attn_mask_type
-        self.objective_kind = objective_kind
-        self.mask_token_id = mask_token_id
-        self.silent_token_ids = list(silent_token_ids)
-        self.pad_token_id = pad_token_id
-        self.bos_token_id = bos_token_id
-        self.eos_token_id = eos_token_id
-        self.tie_word_embeddings = tie_word_embeddings
-        self.initializer_range = initializer_range
+        for name, value in own.items():
+            setattr(self, name, value)
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.rope_theta = float(rope.get("rope_theta", self.rope_theta))
+        self.rope_scaling_factor = rope.get("factor", self.rope_scaling_factor)
+        self.silent_token_ids = list(self.silent_token_ids)
 
     @property
     def is_causal(self) -> bool:
         """Whether a slot sees only itself and the slots before it."""
         return self.attn_mask_type == "causal"
+
+    @property
+    def prompt_attention(self) -> bool:
+        """Whether the model was trained with clean tokens that see no noisy ones."""
+        return self.prompt_share > 0 or self.infilling_share > 0
 
 
 def _pop_rope(options: dict[str, Any]) -> dict[str, Any]:

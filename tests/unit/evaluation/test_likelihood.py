@@ -9,14 +9,9 @@ import pytest
 import torch
 from toy_readers import MASK, Counted, hash_model, random_joint, table_model, texts
 
-from megatron_dlm.evaluation.likelihood import (
-    MaskDraws,
-    Request,
-    draw_sets,
-    score_autoregressive,
-    score_masked,
-    stratified_standard_error,
-)
+from megatron_dlm.evaluation.estimates import MaskDraws, Request, stratified_standard_error
+from megatron_dlm.evaluation.likelihood import score_autoregressive, score_diffusion
+from megatron_dlm.evaluation.mask_bound import MaskBound, draw_sets
 from megatron_dlm.objectives.masked import mask_by_count
 
 HASH_MASK = 6
@@ -32,9 +27,8 @@ ALL = MaskDraws(enumerate_masks="always")
 def masked(requests, draws, *, function=None, scale=3.0, batch_size=16, **options):
     reader = Counted(function or hash_model(scale=scale), () if function else (HASH_MASK,)).reader
     mask_id = MASK if function else HASH_MASK
-    return score_masked(
-        reader, requests, mask_id=mask_id, draws=draws, batch_size=batch_size, **options
-    )
+    bound = MaskBound(mask_id)
+    return score_diffusion(reader, requests, bound, draws=draws, batch_size=batch_size, **options)
 
 
 def bound_by_orders(request: Request) -> float:
@@ -99,7 +93,7 @@ def test_spread_sizes_are_no_worse_than_independent_ones():
         tokens = answer.masked_fill(sets, HASH_MASK)
         logits = function(tokens, torch.ones_like(sets))
         said = torch.log_softmax(logits, 2).gather(2, answer.expand_as(tokens)[..., None])[..., 0]
-        return float(((said * sets).sum(1) * weights).mean())
+        return float((said * sets * weights).sum(1).mean())
 
     generator = torch.Generator().manual_seed(3)
     spread, independent = [], []
@@ -109,7 +103,7 @@ def test_spread_sizes_are_no_worse_than_independent_ones():
         draw = torch.rand(num_samples, 1, dtype=torch.float64, generator=generator)
         bits = torch.randint(2**62, (num_samples, length), generator=generator)
         corruption = mask_by_count(draw, bits, valid.expand(num_samples, -1))
-        independent.append(estimate(corruption.masked, corruption.elbo_weight[:, 0]))
+        independent.append(estimate(corruption.masked, corruption.elbo_weight))
     (exact,) = masked([Request((), REQUESTS[1].answer)], ALL, scale=6.0)
     for found in (torch.tensor(spread), torch.tensor(independent)):
         error = float(found.std()) / math.sqrt(len(found))
@@ -124,7 +118,8 @@ def test_sizes_of_the_sets_are_even_and_their_places_uniform():
         sets, weights, levels = draw_sets(torch.tensor(1), valid, num_samples=14, seed=seed)
         sizes = sets.sum(1)
         assert torch.bincount(sizes, minlength=8).tolist() == [0] + [2] * 7
-        assert torch.allclose(weights * sizes, torch.tensor(7.0).double())
+        assert weights.shape == (14, 8)
+        assert torch.allclose(weights * sizes[:, None], torch.tensor(7.0).double())
         assert torch.allclose(levels * 7, sizes.double())
         assert not bool(sets[:, 5].any())
         places += sets.double().sum(0)
@@ -198,7 +193,7 @@ def test_autoregressive_is_the_chain_rule():
 def test_options_of_one_token_share_their_passes():
     options = [Request((1, 2), (token,)) for token in range(4)]
     counted = Counted(hash_model())
-    found = score_masked(counted.reader, options, mask_id=HASH_MASK, batch_size=8)
+    found = score_diffusion(counted.reader, options, MaskBound(HASH_MASK), batch_size=8)
     assert counted.shapes == [(1, 3)]
     assert len({one.log_prob for one in found}) == 4
     counted = Counted(hash_model(is_causal=True))

@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is the extra [eval]")
 
 from megatron_dlm.evaluation.likelihood import Request
 from megatron_dlm.evaluation.lm_eval_adapter import MegatronDLM, cut_at_stop, windows
-from megatron_dlm.evaluation.tasks import delta_nll
+from megatron_dlm.evaluation.tasks import delta_nll, open_tasks
 
 SETUP = Path(__file__).parents[3] / "setup.py"
 
@@ -27,6 +27,13 @@ def test_lm_eval_finds_it_by_the_entry_point_of_setup_py() -> None:
     # What releases after 0.4.13 do with every entry point of the group.
     model_registry.register("megatron_dlm of a test", target=point)
     assert get_model("megatron_dlm of a test") is MegatronDLM
+
+
+def test_own_tasks_are_found_without_reading_all_of_lm_evals(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("task: mine\ndataset_path: json\n")
+    folder = [str(tmp_path)]
+    assert open_tasks(["mine"], folder).all_tasks == ["mine"]
+    assert {"mine", "arc_easy"} <= {*open_tasks(["mine", "arc_easy"], folder).all_tasks}
 
 
 def test_windows_score_every_token_of_the_answer_once() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_dlm.evaluation.reading import SlotReader
+from megatron_dlm.evaluation.reading import Measure, SlotReader
 
 NUM_IDS, MASK = 3, 3
 
@@ -22,15 +22,41 @@ Function = Callable[[Tensor, Tensor], Tensor]
 class Counted:
     """A reader that keeps the shapes of its calls."""
 
-    def __init__(self, function: Function, silent_ids: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        function: Function,
+        silent_ids: tuple[int, ...] = (),
+        *,
+        measure: Measure | None = None,
+        block_size: int | None = None,
+    ) -> None:
+        """block_size: the function is asked for every corrupted block behind the clean ones."""
         self.shapes: list[tuple[int, ...]] = []
+        self.contexts: list[Tensor | None] = []
 
-        def logits(tokens: Tensor, valid: Tensor | None) -> Tensor:
+        def logits(
+            tokens: Tensor,
+            valid: Tensor | None,
+            context: Tensor | None = None,
+            doubled: bool = False,
+        ) -> Tensor:
             self.shapes.append(tuple(tokens.shape))
+            self.contexts.append(context)
             real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-            return function(tokens, real)
+            assert doubled == (block_size is not None)
+            if block_size is None:
+                return function(tokens, real)
+            corrupted, clean = tokens.chunk(2, dim=1)
+            seen = real.chunk(2, dim=1)[0]
+            block = (seen.cumsum(1) - 1).clamp(min=0) // block_size
+            found = torch.zeros(1)
+            for number in range(int(block.max()) + 1):
+                text = torch.where(block < number, clean, corrupted)
+                part = function(text, seen & (block <= number))
+                found = torch.where((block == number)[..., None], part, found)
+            return found
 
-        self.reader = SlotReader(logits, lambda rows: rows, silent_ids=silent_ids)
+        self.reader = SlotReader(logits, lambda rows: rows, silent_ids=silent_ids, measure=measure)
 
 
 def random_joint(num_slots: int, seed: int = 0) -> Tensor:

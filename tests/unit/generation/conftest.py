@@ -1,65 +1,34 @@
-"""Small models with random weights, as Hugging Face directories, and their tokenizer."""
+"""Small models of every kind with random weights."""
 
 from __future__ import annotations
 
-import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from small_models import write_model
 from tiny_corpus import TinyCorpus
 
-from megatron_dlm.config.architecture import ModelConfig
-from megatron_dlm.data.tokenization.tokenizer import load_tokenizer
-from megatron_dlm.hf.configuration import ObjectiveKind, write_config
-from megatron_dlm.hf.load import special_ids
-
-WINDOW = 64
-NUM_UNUSED_ROWS = 8
-
-
-def write_model(
-    directory: Path, tokenizer: Path, kind: ObjectiveKind, *, num_layers: int = 2
-) -> Path:
-    """A Hugging Face directory of our layout; weights large enough for an opinion."""
-    from megatron_dlm.hf.remote_code.configuration_megatron_dlm import MegatronDLMConfig
-    from megatron_dlm.hf.remote_code.modeling_megatron_dlm import MegatronDLMForCausalLM
-
-    shutil.copytree(tokenizer, directory)
-    vocabulary = load_tokenizer(tokenizer)
-    model = ModelConfig(
-        num_layers=num_layers,
-        hidden_size=32,
-        num_attention_heads=4,
-        num_query_groups=2,
-        seq_length=WINDOW,
-        vocab_size=vocabulary.vocab_size + NUM_UNUSED_ROWS,
-        init_method_std=0.3,
-    )
-    ids = special_ids(vocabulary, vocabulary.mask_id)
-    config = write_config(model, kind, "megatron_dlm", ids=ids, dtype="float32")
-    torch.manual_seed(7)
-    weights = MegatronDLMForCausalLM(MegatronDLMConfig(**config)).state_dict()
-    (directory / "config.json").write_text(json.dumps(config))
-    save_file(
-        {name: value.contiguous() for name, value in weights.items()},
-        directory / "model.safetensors",
-    )
-    return directory
+from megatron_dlm.config.objective import ObjectiveConfig
 
 
 @pytest.fixture(scope="session")
 def models(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Directory of every kind."""
     root = tmp_path_factory.mktemp("models")
-    kinds: dict[str, tuple[ObjectiveKind, int]] = {
-        "ar": ("autoregressive", 2),
-        "masked": ("masked", 2),
-        "shallow": ("masked", 1),
+    ar, masked = ObjectiveConfig(kind="autoregressive"), ObjectiveConfig()
+    hybrid = ObjectiveConfig(kind="hybrid", noise_type="low_uniform")
+    objectives = {
+        "ar": ar,
+        "masked": masked,
+        "shallow": masked,
+        "hybrid": hybrid,
+        "prompted": replace(hybrid, noise_type="balanced", prompt_share=0.2),
+        "block": ObjectiveConfig(kind="block", block_size=4),
     }
     return {
-        name: write_model(root / name, tiny_corpus.tokenizer, kind, num_layers=num_layers)
-        for name, (kind, num_layers) in kinds.items()
+        name: write_model(
+            root / name, tiny_corpus.tokenizer, objective, num_layers=1 + (name != "shallow")
+        )
+        for name, objective in objectives.items()
     }

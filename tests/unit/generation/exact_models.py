@@ -32,6 +32,8 @@ class Toy:
     """Tokens of every call."""
     slots: list[list[int]] = field(default_factory=list)
     """Slots of every call."""
+    contexts: list[Tensor | None] = field(default_factory=list)
+    """What every call says of who sees only what is given."""
 
     def __call__(
         self,
@@ -40,17 +42,25 @@ class Toy:
         valid: Tensor | None = None,
         slots: Tensor | None = None,
         cache: _Stored | None = None,
+        wanted: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         self.calls.append(tokens.clone())
+        self.contexts.append(context)
         if cache is None:
             assert slots is None
             self.slots.append(list(range(tokens.shape[1])))
             real = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-            return self.function(tokens, real)
-        self.slots.append(slots.tolist())
-        cache.tokens[:, slots] = tokens
-        cache.real[:, slots] = True if valid is None else valid[:, slots]
-        return self.function(cache.tokens, cache.real)[:, slots]
+            logits = self.function(tokens, real)
+        else:
+            self.slots.append(slots.tolist())
+            slots = slots.expand_as(tokens)
+            cache.tokens.scatter_(1, slots, tokens)
+            seen = torch.ones_like(cache.real) if valid is None else valid
+            cache.real.scatter_(1, slots, seen.gather(1, slots))
+            logits = self.function(cache.tokens, cache.real)
+            logits = logits.gather(1, slots[..., None].expand(*slots.shape, logits.shape[2]))
+        return logits if wanted is None else logits[wanted]
 
     def new_cache(self, batch_size: int, num_slots: int) -> _Stored:
         empty = torch.zeros(batch_size, num_slots, dtype=torch.int64)
@@ -99,13 +109,20 @@ def autoregressive_model(joint: Tensor, num_slots: int) -> Function:
     return logits
 
 
-def hash_model(num_ids: int = 10, *, is_causal: bool = False) -> Function:
-    """Logits that depend on every real token and its position, or on those up to the own slot."""
+def hash_model(
+    num_ids: int = 10, *, is_causal: bool = False, block_size: int | None = None
+) -> Function:
+    """Logits that depend on every real token and its position, or on those up to the own slot, or
+    on those up to the end of its block."""
 
     def logits(tokens: Tensor, real: Tensor) -> Tensor:
         position = (real.cumsum(1) - 1).clamp(min=0)
         terms = (tokens + 1) * (position * position + 3 * position + 1) * real
-        state = terms.cumsum(1) if is_causal else terms.sum(1, keepdim=True)
+        if block_size is None:
+            state = terms.cumsum(1) if is_causal else terms.sum(1, keepdim=True)
+        else:
+            block = position // block_size
+            state = (terms[:, None] * (block[:, None] <= block[:, :, None])).sum(2)
         ids = torch.arange(num_ids)
         return 3 * torch.sin(
             (state + 7 * position)[..., None] + 3.0 * ids * (position + 1)[..., None]

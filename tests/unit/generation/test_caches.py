@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_dlm.generation.hybrid_samplers import HybridDecoding, sample_hybrid
 from megatron_dlm.generation.masked_samplers import MaskedDecoding, sample_masked
 from megatron_dlm.generation.samplers import TokenChoice, sample_autoregressive
+from megatron_dlm.generation.texts import noise_of
 from megatron_dlm.hf.load import load_model
 
 PROMPT = torch.tensor([[9, 8, 40, 50], [9, 61, 62, 63], [70, 71, 72, 73]])
@@ -95,6 +97,51 @@ def test_deeper_caches_are_approximate_but_do_not_depend_on_the_batch(models, ca
         assert torch.equal(alone.tokens[0, int(real.sum()) :], cached.tokens[row, 4:])
 
 
+class Recomputing:
+    """A denoiser whose cache holds tokens: all is computed again in every step."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def new_cache(self, batch_size, num_slots):
+        return torch.zeros(batch_size, num_slots, dtype=torch.int64)
+
+    def __call__(self, tokens, *, slots=None, cache=None, wanted=None, **others):
+        if cache is None:
+            return self.model(tokens, wanted=wanted, **others)
+        cache[:, slots] = tokens
+        everywhere = torch.zeros_like(cache, dtype=torch.bool)
+        everywhere[:, slots] = wanted
+        return self.model(cache, wanted=everywhere, **others)
+
+
+@pytest.mark.parametrize("name", ["prompted", "hybrid"])
+@pytest.mark.parametrize("method", ["ancestral", "adaptive"])
+def test_prompts_that_see_no_noise_keep_their_keys(models, name, method):
+    """The same texts as without a cache, which sees the prompt with and without its rule."""
+    loaded = load_model(models[name])
+    model = loaded.model.double().denoiser()
+    prompt_attention = loaded.model.config.prompt_attention
+    assert prompt_attention == (name == "prompted")
+
+    def sample(denoiser, **changes):
+        return sample_hybrid(
+            denoiser,
+            PROMPT,
+            mask_id=3,
+            vocab_size=loaded.model.config.vocab_size,
+            noise=noise_of(loaded.model.config),
+            num_tokens=12,
+            decoding=HybridDecoding(method, num_steps=8),
+            valid=VALID,
+            **changes,
+        ).tokens
+
+    plain = sample(Recomputing(model), prompt_attention=prompt_attention)
+    assert torch.equal(sample(model, prompt_attention=prompt_attention), plain)
+    assert not torch.equal(sample(model, prompt_attention=not prompt_attention), plain)
+
+
 def test_guidance_is_the_formula_on_two_plain_passes(models):
     model, weight = denoiser(models["masked"]), 0.8
     template = torch.tensor([[20, 21, 3, 22]])
@@ -111,7 +158,7 @@ def test_guidance_is_the_formula_on_two_plain_passes(models):
     ((tokens, logits),) = seen
     assert tokens.tolist() == [[20, 21, 3, 22], [3, 3, 3, 3]]
     conditional, free = model(template), model(torch.full_like(template, 3))
-    assert torch.allclose(logits, torch.cat([conditional, free]))
+    assert torch.allclose(logits, torch.cat([conditional, free])[:, 2])
     expected = (free + (1 + weight) * (conditional - free))[0, 2]
     expected[3] = float("-inf")
     filled = sample_masked(

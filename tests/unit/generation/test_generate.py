@@ -74,6 +74,22 @@ def test_options_reach_the_sampler(models, capsys):
     assert 1 <= evaluations("--num_steps", 3) <= 3
 
 
+def test_options_of_hybrid_and_block_models_reach_their_samplers(models, capsys):
+    def evaluations(kind, *more):
+        flags = ["--model", models[kind], "--prompt", "def ", "--num_tokens", 12, "--output", "-"]
+        run(*flags, *more)
+        return json.loads(capsys.readouterr().out)["num_evaluations"]
+
+    assert evaluations("hybrid") == 128
+    assert evaluations("hybrid", "--num_steps", 5, "--schedule", "linear", "--prior", "mask") == 5
+    assert evaluations("hybrid", "--method", "adaptive", "--tokens_per_step", 3) <= 5
+    more = evaluations("hybrid", "--num_steps", 5, "--correction_steps", 4)
+    assert 6 <= more <= 9
+    assert evaluations("block") == 12
+    assert evaluations("block", "--order", "low_confidence", "--num_steps", 6) in (6, 7)
+    assert evaluations("block", "--cache", "none", "--threshold", 0.0) in (3, 4)
+
+
 def test_defaults_of_the_order():
     def order(**options):
         return sampling_of(GenerateConfig(model="m", **options)).decoding.order
@@ -94,8 +110,10 @@ def test_models_side_by_side(models, capsys, tmp_path):
     assert [(text["model"], text["prompt"]) for text in texts] == [
         (str(models[kind]), prompt) for kind in ("ar", "masked") for prompt in ("def ", "import ")
     ]
-    run("--compare", models["ar"], models["masked"], *flags, "--output", "-")
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    everyone = [models[kind] for kind in ("ar", "masked", "block", "hybrid")]
+    options = ["--guidance", 0.5, "--method", "adaptive", "--cache", "prompt"]
+    run("--compare", *everyone, *flags, *options, "--output", "-")
+    assert len(capsys.readouterr().out.splitlines()) == 8
 
 
 def test_bad_input_is_named(models, tmp_path, monkeypatch):
@@ -112,7 +130,25 @@ def test_bad_input_is_named(models, tmp_path, monkeypatch):
         (["--compare", ar, *prompt], "compare has one model"),
         (["--model", ar], "there is no prompt"),
         (["--model", ar, *prompt, "--num_tokens", 0], "num_tokens is 0"),
-        (["--model", ar, *prompt, "--order", "random"], "order is random, which is for masked"),
+        (
+            ["--model", ar, *prompt, "--order", "random"],
+            "order is random, which is for masked and block models; .* is autoregressive: remove",
+        ),
+        (
+            ["--model", models["block"], *prompt, "--guidance", 1],
+            "guidance is 1.0, which is for masked models; .* is block",
+        ),
+        (["--model", models["block"], *prompt, "--block_size", 4], "block_size is 4, which is"),
+        (["--model", models["hybrid"], *prompt, "--order", "entropy"], "is hybrid: remove order"),
+        (["--model", masked, *prompt, "--patience", 4], "belong to method adaptive"),
+        (
+            ["--model", masked, *prompt, "--method", "adaptive"],
+            "method is adaptive, which is for hybrid models; .* is masked",
+        ),
+        (
+            ["--model", models["hybrid"], *prompt, "--correction_patience", 4],
+            "no meaning without correction_steps",
+        ),
         (
             ["--model", ar, *prompt, "--cache", "dual", "--block_size", 4],
             "block_size is 4, which is",

@@ -11,8 +11,14 @@ import torch
 from exact_models import MASK, Toy, autoregressive_model, hash_model, p_value, random_joint, words
 from scipy import stats
 
-from megatron_dlm.generation import masked_samplers, samplers
-from megatron_dlm.generation.samplers import TokenChoice, sample_autoregressive, uniform
+from megatron_dlm.generation import (
+    block_samplers,
+    hybrid_noise,
+    hybrid_samplers,
+    masked_samplers,
+    samplers,
+)
+from megatron_dlm.generation.samplers import TokenChoice, draw_from, sample_autoregressive, uniform
 
 ROWS = 20_000
 TEXT_ONLY = TokenChoice(forbidden_ids=(MASK,))
@@ -85,6 +91,30 @@ def test_top_k_and_top_p_keep_the_likeliest(limits, kept):
     law = torch.zeros(3).double()
     law[kept] = marginal[kept] / marginal[kept].sum()
     assert p_value(samples.tokens[:, 1:], law) > 1e-3 or len(kept) == 1
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        TokenChoice(),
+        TokenChoice(0.5),
+        TokenChoice(top_k=3),
+        TokenChoice(top_p=0.6, forbidden_ids=(1,)),
+        TokenChoice(0.0),
+    ],
+    ids=str,
+)
+def test_the_law_is_that_of_the_draws(choice):
+    logits = torch.tensor([[0.1, 1.0, 0.7, -0.5, 0.9]], dtype=torch.float64)
+    allowed = choice.allowed(logits)
+    law = choice.law(allowed)
+    assert float(law.sum()) == pytest.approx(1)
+    # Evenly spaced numbers hit every token in its share, to the spacing.
+    numbers = (torch.arange(10_000).double() + 0.5) / 10_000
+    drawn = choice.draw(allowed.expand(10_000, -1), numbers)
+    shares = torch.bincount(drawn, minlength=5) / 10_000
+    assert float((shares - law[0]).abs().max()) < 2e-4
+    assert torch.equal(draw_from(law.expand(10_000, -1), numbers), drawn)
 
 
 def test_a_row_depends_on_its_id_and_seed_only():
@@ -190,14 +220,15 @@ def test_bad_input_is_named():
 
 
 def test_the_files_need_only_torch_and_each_other():
-    own = samplers.__name__
-    standard = {"__future__", "collections", "dataclasses", "typing"}
-    for module, allowed in ((samplers, {"torch"}), (masked_samplers, {"torch", own})):
+    shipped = (samplers, masked_samplers, block_samplers, hybrid_noise, hybrid_samplers)
+    standard = {"__future__", "collections", "dataclasses", "functools", "itertools", "math",
+                "typing"}  # fmt: skip
+    for module in shipped:
         imported = set()
         for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
             if isinstance(node, ast.ImportFrom):
                 imported.add(node.module)
             elif isinstance(node, ast.Import):
                 imported.update(alias.name for alias in node.names)
-        tops = {name if name == own else name.partition(".")[0] for name in imported}
-        assert tops - standard == allowed
+        own = {other.__name__ for other in shipped}
+        assert {name.partition(".")[0] for name in imported - own} - standard == {"torch"}

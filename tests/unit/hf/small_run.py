@@ -17,9 +17,14 @@ from megatron_dlm.models.accounting import count_parameters
 
 
 def write_run(
-    directory: Path, *, kind: Any = "masked", tokenizer: Path | None = None, **changes: Any
+    directory: Path,
+    *,
+    kind: Any = "masked",
+    learned: dict[str, Any] | None = None,
+    tokenizer: Path | None = None,
+    **changes: Any,
 ) -> Path:
-    """Two layers, 40 tokens, fp32; `changes` go to the model section."""
+    """Two layers, 40 tokens, fp32; `learned` goes to the objective section, `changes` to model."""
     settings: dict[str, Any] = {
         "num_layers": 2,
         "hidden_size": 16,
@@ -32,15 +37,14 @@ def write_run(
     }
     model = ModelConfig(**{**settings, **changes})
     assert model.vocab_size is not None
-    mask = model.vocab_size - 1 if kind == "masked" else None
+    mask = None if kind == "autoregressive" else model.vocab_size - 1
+    objective = ObjectiveConfig(kind=kind, mask_token_id=mask, **(learned or {}))
     generator = torch.Generator().manual_seed(0)
 
     def read(tensor: CheckpointTensor) -> torch.Tensor:
         return torch.randn(tensor.shape, generator=generator) * 0.3 + ("norm" in tensor.key)
 
-    config = asdict(
-        RunConfig(model=model, objective=ObjectiveConfig(kind=kind, mask_token_id=mask))
-    )
+    config = asdict(RunConfig(model=model, objective=objective))
     config["data"]["tokenizer"] = None if tokenizer is None else str(tokenizer)
     description = {
         "model": config["model"],

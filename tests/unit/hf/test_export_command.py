@@ -19,6 +19,7 @@ from tiny_corpus import TinyCorpus
 from megatron_dlm import cli
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.hf_commands import ExportConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.data.tokenization.tokenizer import load_tokenizer
 from megatron_dlm.hf.checkpoint_reader import CheckpointReader
 from megatron_dlm.hf.configuration import (
@@ -35,6 +36,15 @@ from megatron_dlm.hf.safetensors_writer import Entry, write_sharded
 
 ROOT = Path(__file__).parents[3]
 AR: Any = "autoregressive"
+# Options of the model section that only our own code knows.
+OPTIONS: dict[str, Any] = {
+    "qk_layernorm_scope": "full",
+    "attn_logit_softcapping": 30.0,
+    "attention_sink": True,
+    "layernorm_zero_centered_gamma": True,
+    "residual_multiplier": 0.5,
+    "output_multiplier": 2.0,
+}
 
 
 def export_here(run: Path, output: Path, **options: Any) -> Path:
@@ -59,13 +69,25 @@ class TestLayout:
                 AR,
                 "megatron_dlm",
             ),
+            # Llama has biases in its MLP, Qwen3 has none.
+            ({"qk_layernorm": False, "mlp_bias": True}, AR, "llama"),
+            ({"mlp_bias": True}, AR, "megatron_dlm"),
+            (
+                {"qk_layernorm": False, "mlp_bias": True, "megatron": {"add_qkv_bias": True}},
+                AR,
+                "megatron_dlm",
+            ),
             ({}, "masked", "megatron_dlm"),
+            ({}, "hybrid", "megatron_dlm"),
+            ({}, "block", "megatron_dlm"),
+            *(({name: value}, AR, "megatron_dlm") for name, value in OPTIONS.items()),
         ],
     )
     def test_stock_code_where_it_fits(self, changes: Any, kind: Any, layout: str) -> None:
         model = ModelConfig(vocab_size=9, **changes)
-        assert choose_layout(model, kind, "auto") == layout
-        assert choose_layout(model, kind, "megatron_dlm") == "megatron_dlm"
+        objective = ObjectiveConfig(kind=kind)
+        assert choose_layout(model, objective, "auto") == layout
+        assert choose_layout(model, objective, "megatron_dlm") == "megatron_dlm"
 
     @pytest.mark.parametrize(
         ("changes", "kind", "obstacle"),
@@ -75,12 +97,19 @@ class TestLayout:
             ({"qk_layernorm": False}, "masked", "model.qk_layernorm false"),
             ({"megatron": {"add_qkv_bias": True}}, "masked", "model.megatron.add_qkv_bias"),
             ({"rope_scaling_factor": 8.0}, "masked", "model.rope_scaling_factor"),
+            ({}, "hybrid", "objective.kind hybrid"),
+            ({}, "block", "objective.kind block"),
+            ({"mlp_bias": True}, "masked", "model.mlp_bias True"),
+            *(
+                ({name: value}, "masked", f"model.{name} {value}")
+                for name, value in OPTIONS.items()
+            ),
         ],
     )
     def test_megadlms_refuses_by_name(self, changes: Any, kind: Any, obstacle: str) -> None:
         model = ModelConfig(vocab_size=9, **changes)
         with pytest.raises(ValueError, match=f"layout megadlms cannot express {obstacle}"):
-            choose_layout(model, kind, "megadlms")
+            choose_layout(model, ObjectiveConfig(kind=kind), "megadlms")
 
     @pytest.mark.parametrize(
         "option",
@@ -89,7 +118,7 @@ class TestLayout:
     def test_options_that_change_the_function(self, option: dict[str, Any]) -> None:
         model = ModelConfig(vocab_size=9, megatron=option)
         with pytest.raises(ValueError, match=f"model.megatron.{next(iter(option))} is"):
-            choose_layout(model, AR, "auto")
+            choose_layout(model, ObjectiveConfig(kind=AR), "auto")
 
     def test_options_that_do_not(self) -> None:
         harmless = {"attention_softmax_in_fp32": True, "tp_comm_overlap": True, "fp8": "hybrid"}
@@ -104,9 +133,10 @@ class TestLayout:
         )  # fmt: skip
         kind: Any = AR if layout == "qwen3" else "masked"
         ids = SpecialIds(mask=49 if kind == "masked" else None, pad=0, bos=1, eos=2)
-        written = write_config(model, kind, layout, ids=ids, dtype="float32")
+        objective = ObjectiveConfig(kind=kind, mask_token_id=ids.mask)
+        written = write_config(model, objective, layout, ids=ids, dtype="float32")
         described = read_config(json.loads(json.dumps(written)), Path("config.json"))
-        assert (described.model, described.kind, described.ids) == (model, kind, ids)
+        assert (described.model, described.objective, described.ids) == (model, objective, ids)
         assert described.layout == layout
 
     def test_files_of_the_megadlms_layout(self, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from huggingface_tokenizer import write_tokenizer
 from stock_models import FAMILIES, VOCABULARY, logits_of, write_stock
 
 from megatron_dlm.config.hf_commands import ExportConfig, ImportConfig
+from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.data.tokenization.tokenizer import load_tokenizer
 from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint, model_of
 from megatron_dlm.hf.export import export
@@ -86,6 +87,20 @@ def test_llama_3_1_with_its_long_rotary_embedding(tmp_path: Path) -> None:
     assert again["rope_scaling"]["factor"] == 8.0
 
 
+def test_llama_with_biases_in_its_mlp(tmp_path: Path) -> None:
+    stock = write_stock("llama", tmp_path / "stock", mlp_bias=True)
+    run = import_here(tmp_path / "stock", tmp_path / "run")
+    ours = load_model(run).model(some_tokens()).logits
+    torch.testing.assert_close(ours, logits_of(stock, some_tokens()), rtol=0, atol=1e-5)
+    export(ExportConfig(str(run), str(tmp_path / "again"), parity_tolerance=1e-5))
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    before, after = (SafetensorsDirectory(tmp_path / name) for name in ("stock", "again"))
+    assert after.names == before.names
+    for name in before.names:
+        assert torch.equal(after.rows(name), before.rows(name)), name
+
+
 def test_settings_that_the_weights_imply(tmp_path: Path) -> None:
     write_stock("qwen3", tmp_path / "stock")
     run = import_here(tmp_path / "stock", tmp_path / "run", seq_length=16)
@@ -130,6 +145,23 @@ class TestMask:
         manifest = loaded.facts["manifest"]
         expected = f"a row was added, initialised to the mean of {VOCABULARY} rows"
         assert manifest["imported_from"]["mask"]["origin"] == expected
+
+    @pytest.mark.parametrize("objective", ["hybrid", "block"])
+    def test_every_kind_of_diffusion_gets_one(self, objective: str, tmp_path: Path) -> None:
+        write_stock("qwen3", tmp_path / "stock")
+        run = import_here(tmp_path / "stock", tmp_path / "run", objective=objective)
+        loaded = load_model(run)
+        expected: Any = {"kind": objective, "mask_token_id": VOCABULARY}
+        assert loaded.objective == ObjectiveConfig(**expected)
+        settings = yaml.safe_load((run / "imported.yaml").read_text())
+        assert settings["objective"] == expected
+        # Its own mask is kept on the way to another kind.
+        export(ExportConfig(str(run), str(tmp_path / "out"), parity=False))
+        again = import_here(tmp_path / "out", tmp_path / "masked", objective="masked")
+        origin = load_model(again).facts["manifest"]["imported_from"]["mask"]["origin"]
+        assert origin == "the model's own"
+        table = loaded.model.state_dict()[EMBEDDING]
+        assert torch.equal(load_model(again).model.state_dict()[EMBEDDING], table)
 
     def test_a_row_behind_the_tokenizer_is_used(self, tmp_path: Path) -> None:
         tokenizer = load_tokenizer(write_tokenizer("gpt2", tmp_path / "tokenizer"))
@@ -207,7 +239,10 @@ class TestRefusals:
                 "config.json: low_freq_factor of rope_type llama3 is None, not 1.0",
             ),
             ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, "rope_type yarn"),
-            ({"mlp_bias": True}, "config.json: mlp_bias is True"),
+            (
+                {"mlp_bias": True},
+                r"lacks the tensor model.layers.0.mlp.gate_proj.bias that its conf",
+            ),
             ({"attention_bias": True}, "config.json: attention_bias is True"),
             ({"hidden_act": "gelu_new"}, "hidden_act gelu_new"),
             ({"num_key_value_heads": None}, "config.json: num_key_value_heads is missing"),

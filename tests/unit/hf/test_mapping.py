@@ -19,7 +19,7 @@ from megatron_dlm.models.accounting import count_parameters
 def models(draw: st.DrawFn) -> ModelConfig:
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     heads, size = groups * per_group, 2 * draw(st.integers(1, 3))
-    is_plain = draw(st.booleans())
+    is_plain, has_norm = draw(st.booleans()), draw(st.booleans())
     return ModelConfig(
         num_layers=draw(st.integers(1, 3)),
         hidden_size=heads * size if is_plain else 10,
@@ -28,7 +28,10 @@ def models(draw: st.DrawFn) -> ModelConfig:
         kv_channels=None if is_plain else size,
         ffn_hidden_size=draw(st.integers(1, 9)),
         activation=draw(st.sampled_from(["swiglu", "gelu", "squared_relu"])),
-        qk_layernorm=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+        qk_layernorm=has_norm,
+        qk_layernorm_scope=draw(st.sampled_from(["head", "full"])) if has_norm else "head",
+        attention_sink=draw(st.booleans()),
         vocab_size=draw(st.integers(2, 40)),
         make_vocab_size_divisible_by=draw(st.sampled_from([1, 8, 32])),
         untie_embeddings_and_output_weights=draw(st.booleans()),
@@ -60,9 +63,7 @@ def test_every_row_is_there_once_on_both_sides(model: ModelConfig) -> None:
 def test_sizes_add_up(model: ModelConfig) -> None:
     """The count of parameters is made elsewhere, from the configuration alone."""
     num_stored = sum(int(np.prod(tensor.shape)) for tensor in checkpoint_tensors(model))
-    biases = model.num_layers * (model.num_attention_heads + 2 * model.query_groups)
-    biases *= model.head_size if model.megatron else 0
-    assert num_stored == count_parameters(model).total + biases
+    assert num_stored == count_parameters(model).total
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 2), (3, 1)])
@@ -112,5 +113,30 @@ def test_shapes() -> None:
     assert shapes["layers.0.self_attn.v_proj.weight"] == (12, 16)
     assert shapes["layers.0.self_attn.o_proj.weight"] == (16, 24)
     assert shapes["layers.0.self_attn.k_norm.weight"] == (6,)
+    assert "layers.0.self_attn.sink_key" not in shapes
     assert shapes["layers.0.mlp.up_proj.weight"] == (20, 16)
     assert shapes["layers.0.mlp.down_proj.weight"] == (16, 20)
+
+
+def test_shapes_of_options() -> None:
+    options: dict[str, Any] = {
+        "mlp_bias": True,
+        "qk_layernorm_scope": "full",
+        "attention_sink": True,
+    }
+    model = ModelConfig(
+        num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2, kv_channels=6,
+        ffn_hidden_size=20, vocab_size=9, **options,
+    )  # fmt: skip
+    stored = {(tensor.key, tensor.layer): tensor.shape for tensor in checkpoint_tensors(model)}
+    layer = "decoder.layers"
+    assert stored[f"{layer}.self_attention.core_attention.sink_value", 1] == (2, 6)
+    assert stored[f"{layer}.self_attention.q_layernorm.weight", 1] == (24,)
+    assert stored[f"{layer}.self_attention.k_layernorm.weight", 1] == (12,)
+    assert stored[f"{layer}.mlp.linear_fc1.bias", 0] == (40,)
+    assert stored[f"{layer}.mlp.linear_fc2.bias", 0] == (16,)
+    shapes = {tensor.name: tensor.shape for tensor in exported_tensors(model)}
+    name = "model.layers.1"
+    assert shapes[f"{name}.self_attn.sink_key"] == (2, 6)
+    assert shapes[f"{name}.mlp.gate_proj.bias"] == shapes[f"{name}.mlp.up_proj.bias"] == (20,)
+    assert shapes[f"{name}.mlp.down_proj.bias"] == (16,)
