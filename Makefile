@@ -50,6 +50,6 @@ $(READY): setup.py $(wildcard requirements/*.txt)
 	  echo "REQUIREMENTS=$(REQUIREMENTS) is not one of cpu, gpu" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  -c requirements/$(REQUIREMENTS).txt -e '.[dev,plot,hf]'
+	  -c requirements/$(REQUIREMENTS).txt -e '.[dev,plot,hf,eval]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@

@@ -1,6 +1,6 @@
 """Score an autoregressive and a masked model on the same shards and tasks, side by side.
 
-    make quickstart                       # trains both, once
+    make quickstart                       # trains both and makes the tasks, once
     python examples/04_evaluate/run.py
 
 Needs megatron-dlm's extras [eval] and [plot]; no network. `--help` lists other models and data.
@@ -16,15 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from make_tasks import write_tasks
-
 TASKS = ("next_line", "library_text", "say_it_again")
 
 
 def main() -> None:
     arguments = read_arguments()
     output = Path(arguments.output)
-    write_tasks(output / "tasks")
+    output.mkdir(parents=True, exist_ok=True)
     models = {"autoregressive": arguments.ar, "masked": arguments.masked}
     results = {name: evaluate(path, output / name, arguments) for name, path in models.items()}
     print(f"{'':28}{'autoregressive':>24}{'masked':>24}")
@@ -38,6 +36,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--ar", default="quickstart/ar", help="autoregressive model")
     parser.add_argument("--masked", default="quickstart/masked", help="masked model")
     parser.add_argument("--data", default="quickstart/data/valid", help="prefix of shards")
+    parser.add_argument("--tasks", default="quickstart/tasks", help="folder of the tasks")
     parser.add_argument("--output", default="runs/04_evaluate", help="where results go")
     parser.add_argument("--limit", default="100", help="windows and examples to score")
     return parser.parse_args()
@@ -47,7 +46,7 @@ def evaluate(model: str, output: Path, arguments: argparse.Namespace) -> dict[st
     """Run `megatron-dlm evaluate`; returns the numbers of its JSON files, as text."""
     command = [sys.executable, "-m", "megatron_dlm", "evaluate", "--model", model]
     command += ["--data", arguments.data, "--limit", arguments.limit, "--output_dir", str(output)]
-    command += ["--tasks", ",".join(TASKS), "--include_path", str(output.parent / "tasks")]
+    command += ["--tasks", ",".join(TASKS), "--include_path", arguments.tasks]
     # The data of the tasks are local: nothing has to be asked of the network.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     log = output.parent / f"{output.name}.log"

@@ -7,7 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 import psutil
@@ -15,22 +15,26 @@ import psutil
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def run_command(arguments: Sequence[str], *, num_ranks: int = 1) -> None:
+def run_command(
+    arguments: Sequence[str], *, num_ranks: int = 1, environment: Mapping[str, str] | None = None
+) -> None:
     """Run `megatron-dlm arguments`, under torchrun if there are several ranks, and show it.
 
-    The child writes to our terminal, so its live progress is seen. A stop signal lets it save and
-    end, a second one kills it; then SystemExit is raised. Raises ValueError if it fails; what went
-    wrong it has said itself.
+    `environment` is added to ours. The child writes to our terminal, so its live progress is seen.
+    A stop signal lets it save and end, a second one kills it; then SystemExit is raised. Raises
+    ValueError if it fails; what went wrong it has said itself.
     """
+    environment = environment or {}
     launcher = ["-m"]
     shown = ["megatron-dlm"]
     if num_ranks > 1:
         torchrun = ["--standalone", "--nproc-per-node", str(num_ranks), "-m"]
         launcher = ["-m", "torch.distributed.run", *torchrun]
         shown = ["torchrun", *torchrun, "megatron_dlm"]
-    print(f"\n$ {shlex.join([*shown, *arguments])}", flush=True)
+    settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+    print("\n$", *settings, shlex.join([*shown, *arguments]), flush=True)
     program = [sys.executable, *launcher, "megatron_dlm", *arguments]
-    status, stopped_by = _run_to_the_end(program, has_launcher=num_ranks > 1)
+    status, stopped_by = _run_to_the_end(program, environment, has_launcher=num_ranks > 1)
     if stopped_by is not None:
         print("stopped; the same command goes on from here", flush=True)
         raise SystemExit(128 + stopped_by)
@@ -41,7 +45,9 @@ def run_command(arguments: Sequence[str], *, num_ranks: int = 1) -> None:
         )
 
 
-def _run_to_the_end(program: Sequence[str], *, has_launcher: bool) -> tuple[int, int | None]:
+def _run_to_the_end(
+    program: Sequence[str], environment: Mapping[str, str], *, has_launcher: bool
+) -> tuple[int, int | None]:
     """Exit status, and the first signal that asked this process to stop while the child ran."""
     received: list[int] = []
 
@@ -55,7 +61,7 @@ def _run_to_the_end(program: Sequence[str], *, has_launcher: bool) -> tuple[int,
     child = subprocess.Popen(
         program,
         # One thread per rank: several ranks with several threads each only fight over the cores.
-        env={"OMP_NUM_THREADS": "1", **os.environ},
+        env={"OMP_NUM_THREADS": "1", **os.environ, **environment},
         # Ctrl-C reaches us alone. torchrun would answer it with a traceback and a deadline.
         start_new_session=True,
     )

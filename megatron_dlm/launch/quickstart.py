@@ -19,6 +19,7 @@ from megatron_dlm.config.tokenizer_metadata import METADATA_FILE
 from megatron_dlm.data.storage.dataset import dataset_path
 from megatron_dlm.launch.child_command import run_command
 from megatron_dlm.launch.quickstart_corpus import write_corpus
+from megatron_dlm.launch.quickstart_tasks import TASK_NAMES, write_tasks
 from megatron_dlm.runtime.files import write_whole
 from megatron_dlm.scaling.plots import CurveSummary, plot_validation_curves
 
@@ -30,6 +31,11 @@ RUNS = {
     "ar": ("autoregressive", "autoregressive (exact NLL)"),
     "masked": ("masked", "masked diffusion (upper bound)"),
 }
+_NEEDED = {"matplotlib": "plot", "transformers": "hf", "lm_eval": "eval"}
+_CARD = "README.md"  # what an export writes last
+_SCORED_TASKS = ("next_line", "library_text")
+# Few, for a quick look: questions per task, and draws of noise per answer of a masked model.
+_LIMIT, _NUM_DRAWS = 50, 8
 _PROMPTS = ("def ", "class ", "import ", "    if not ")
 _SAMPLE_TOKENS = 48
 
@@ -72,11 +78,11 @@ logging:
 
 
 def quickstart(config: QuickstartConfig) -> None:
-    """Corpus, tokenizer, shards, two runs, their curves, their text; says where everything is."""
+    """Text, shards, two runs, their curves; both as Hugging Face models, scored and sampled."""
     _check(config)
     root = Path(config.output_dir)
     console = Console(highlight=False)
-    console.print("Five steps, about five minutes on two idle cores. Stop and go on as you like.")
+    console.print("Seven steps, about six minutes on two idle cores. Stop and go on as you like.")
     _headline(console, 1, "a corpus: the sources of Python's standard library")
     _prepare_data(root)
     for number, name in enumerate(RUNS, start=2):
@@ -89,7 +95,14 @@ def quickstart(config: QuickstartConfig) -> None:
         root / "curves.png",
         title=f"{config.unique_tokens:,} unique tokens, repeated",
     )
-    _headline(console, 5, "text from both models")
+    _headline(console, 5, "both models as Hugging Face directories, compared with the checkpoints")
+    for name in RUNS:
+        _export(root, name)
+    _headline(console, 6, "scores of both in lm-eval, on tasks made from the held-out text")
+    _write_tasks(root)
+    for name in RUNS:
+        _evaluate(root, name)
+    _headline(console, 7, "text from both, with transformers alone")
     _sample(root, config.seed, console)
     _tell_results(console, summary)
     _tell_where(console, config)
@@ -97,10 +110,11 @@ def quickstart(config: QuickstartConfig) -> None:
 
 def _check(config: QuickstartConfig) -> None:
     """What would otherwise fail after minutes."""
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            "matplotlib is not installed and draws the curves; run `pip install matplotlib`"
-        )
+    for module, extra in _NEEDED.items():
+        if find_spec(module) is None:
+            raise ValueError(
+                f"{module} is not installed; install megatron-dlm with its extra [{extra}]"
+            )
     if GLOBAL_BATCH_SIZE % config.num_ranks:
         raise ValueError(
             f"num_ranks is {config.num_ranks}; the batch of {GLOBAL_BATCH_SIZE} samples is shared "
@@ -109,7 +123,7 @@ def _check(config: QuickstartConfig) -> None:
 
 
 def _headline(console: Console, number: int, text: str) -> None:
-    console.print(f"\n[bold]{number}/5  {text}[/bold]")
+    console.print(f"\n[bold]{number}/7  {text}[/bold]")
 
 
 def _prepare_data(root: Path) -> None:
@@ -172,25 +186,68 @@ def _latest_step(run: Path) -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
+def _is_done(output: Path, source: Path) -> bool:
+    """Whether the last file that a step writes is there, and not older than what it was made of."""
+    return output.exists() and output.stat().st_mtime >= source.stat().st_mtime
+
+
+def _export(root: Path, name: str) -> None:
+    output = root / "hf" / name
+    if _is_done(output / _CARD, root / name / "checkpoints" / LATEST_NAME):
+        print(f"done before: {output}")
+        return
+    flags: dict[str, object] = {"checkpoint": root / name, "output_dir": output}
+    if output.exists():
+        flags["overwrite"] = "true"
+    run_command(["export", *_as_arguments(flags)])
+
+
+def _write_tasks(root: Path) -> None:
+    corpus = root / "corpus" / "valid.jsonl"
+    if not all(_is_done(root / "tasks" / f"{task}.yaml", corpus) for task in TASK_NAMES):
+        write_tasks(corpus, root / "tasks")
+
+
+def _evaluate(root: Path, name: str) -> None:
+    model, output = root / "hf" / name, root / "scores" / name
+    if _is_done(output / "tasks.json", model / _CARD):
+        print(f"done before: {output}")
+        return
+    flags = {
+        "model": model,
+        "tasks": ",".join(_SCORED_TASKS),
+        "include_path": root / "tasks",
+        "limit": _LIMIT,
+        "num_samples": _NUM_DRAWS,
+        "output_dir": output,
+    }
+    # The data are local; nothing has to be asked of the network.
+    run_command(["evaluate", *_as_arguments(flags)], environment={"HF_HUB_OFFLINE": "1"})
+
+
 def _sample(root: Path, seed: int, console: Console) -> None:
     output = root / "samples.txt"
-    newest = max((root / name / "checkpoints").stat().st_mtime for name in RUNS)
-    if not output.exists() or output.stat().st_mtime < newest:
-        from megatron_dlm.generation.generate import sample_run  # imports torch and Megatron
+    if not all(_is_done(output, root / "hf" / name / _CARD) for name in RUNS):
+        from megatron_dlm.launch.quickstart_texts import write_texts  # imports torch
 
         blocks = []
-        for name, (_, label) in RUNS.items():
+        for name, (kind, label) in RUNS.items():
             with console.status(f"sampling: {label}"):
-                texts = sample_run(
-                    root / name, _PROMPTS, num_tokens=_SAMPLE_TOKENS, temperature=0.8, seed=seed
+                written = write_texts(
+                    root / "hf" / name,
+                    _PROMPTS,
+                    trust_remote_code=kind != "autoregressive",
+                    num_tokens=_SAMPLE_TOKENS,
+                    temperature=0.8,
+                    seed=seed,
                 )
-            blocks += [
-                f"=== {label}, prompt {p!r}\n{t}\n" for p, t in zip(_PROMPTS, texts, strict=True)
-            ]
+            blocks.append(f"=== {label}: {written.loaded_as}\n")
+            for prompt, text in zip(_PROMPTS, written.texts, strict=True):
+                blocks.append(f"--- prompt {prompt!r}\n{text}\n")
         # A young model emits any byte, also those that would reprogram a terminal.
         text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in "\n".join(blocks))
         write_whole(output, text)
-    console.print(output.read_text(encoding="utf-8"), markup=False)
+    console.print(output.read_text(encoding="utf-8"), markup=False, soft_wrap=True)
 
 
 def _tell_results(console: Console, summary: CurveSummary) -> None:
@@ -217,11 +274,13 @@ def _tell_results(console: Console, summary: CurveSummary) -> None:
 
 def _tell_where(console: Console, config: QuickstartConfig) -> None:
     root = Path(config.output_dir)
-    masked = root / "masked.yaml"
+    masked, exported = root / "masked.yaml", root / "hf" / "masked"
     console.print("\nWhere everything is:", style="bold")
     for what, where in {
         "the picture": ["curves.png"],
         "text from both models": ["samples.txt"],
+        "Hugging Face directories": [f"hf/{name}" for name in RUNS],
+        "scores, their tasks": [*(f"scores/{name}" for name in RUNS), "tasks"],
         "run configurations": [f"{name}.yaml" for name in RUNS],
         "metrics, logs, checkpoints": list(RUNS),
         "tokenizer, shards, corpus": ["tokenizer", "data", "corpus"],
@@ -233,6 +292,10 @@ def _tell_where(console: Console, config: QuickstartConfig) -> None:
         "four times the text": f"megatron-dlm quickstart --output_dir {root}_more_text "
         f"--unique_tokens {4 * config.unique_tokens}",
         "the runs in TensorBoard": f"tensorboard --logdir {root}",
+        "tokens that appear as the noise is removed": f"megatron-dlm generate --model {exported} "
+        '--prompt "def " --num_tokens 48 --live true --live_pause_seconds 0.1',
+        "the autoregressive model goes on learning as a diffusion model": "megatron-dlm import "
+        f"--model {root / 'hf' / 'ar'} --objective masked --output_dir {root}_adapted",
         "the cost of a run": f"megatron-dlm plan --config {masked}",
         "the same run, every layer split over two ranks": "torchrun --nproc-per-node 2 "
         f"-m megatron_dlm train --config {masked} --train.output_dir {root / 'masked_tp2'} "

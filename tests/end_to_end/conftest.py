@@ -1,11 +1,13 @@
-"""The uninterrupted single-rank run that interrupted runs are compared with."""
+"""Runs that several tests look at: one on a single rank, never interrupted, and the quickstart."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import arguments, run_here
+from command_line import Ended, arguments, run_here
+from quickstart_run import run_quickstart
 from tiny_corpus import TinyCorpus
 
 
@@ -15,3 +17,12 @@ def whole_run(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory)
     output_dir = tmp_path_factory.mktemp("whole") / "run"
     assert run_here(arguments(tiny_corpus, output_dir, checkpoint__interval_steps=12)) == 0
     return output_dir
+
+
+@pytest.fixture(scope="session")
+def short_quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Ended]]:
+    """The directory it ran in, and how it ended. To be left as it is."""
+    directory = tmp_path_factory.mktemp("short_quickstart")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(directory / "hf_home"))  # not the user's caches
+        yield directory, run_quickstart(directory)

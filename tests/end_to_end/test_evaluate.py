@@ -24,6 +24,8 @@ from megatron_dlm.data.tokenization.tokenizer import load_tokenizer
 from megatron_dlm.evaluation.likelihood import MaskDraws, Request, score
 from megatron_dlm.evaluation.shards import evaluate_shards
 from megatron_dlm.hf.load import load_model
+from megatron_dlm.launch.quickstart_corpus import write_corpus
+from megatron_dlm.launch.quickstart_tasks import write_tasks
 from megatron_dlm.objectives.base import micro_batch_loss
 from megatron_dlm.objectives.build import build_objective
 from megatron_dlm.ops.counter_rng import Stream
@@ -41,6 +43,8 @@ def runs(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> R
     kinds: dict[str, dict[str, Any]] = {
         "ar": {"objective__kind": "autoregressive"},
         "masked": {"objective__weighting": "count"},
+        "hybrid": {"objective__kind": "hybrid"},
+        "block": {"objective__kind": "block", "objective__block_size": 4},
         "ar_packed": {"objective__kind": "autoregressive", "data__packing": "pack"},
         "packed": {"objective__weighting": "count", "data__packing": "pack"},
     }
@@ -214,7 +218,7 @@ def test_answers_that_cannot_be_scored_are_refused(runs: Runs) -> None:
     assert score(ar, [Request((5,) * 13, word)])[0].log_prob < 0
 
 
-@pytest.mark.parametrize("name", ["ar", "masked"])
+@pytest.mark.parametrize("name", ["ar", "masked", "hybrid", "block"])
 def test_the_adapter_answers_as_the_likelihood_does(name: str, runs: Runs) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is the extra [eval]")
     from lm_eval.api.instance import Instance
@@ -276,13 +280,22 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tasks of the quickstart."""
+    root = tmp_path_factory.mktemp("tasks")
+    write_corpus(root / "train.jsonl", root / "valid.jsonl")
+    write_tasks(root / "valid.jsonl", root / "tasks")
+    return root / "tasks"
+
+
 def test_the_example_shows_what_it_says(
-    runs: Runs, tiny_corpus: TinyCorpus, tmp_path: Path, offline: dict[str, str]
+    runs: Runs, tiny_corpus: TinyCorpus, tasks: Path, tmp_path: Path, offline: dict[str, str]
 ) -> None:
     """Both models through lm-eval: options, whole texts and generation."""
     command = [sys.executable, str(EXAMPLE / "run.py"), "--limit=6"]
     command += [f"--ar={runs['ar']}", f"--masked={runs['masked']}"]
-    command += [f"--data={tiny_corpus.valid}", f"--output={tmp_path / 'out'}"]
+    command += [f"--data={tiny_corpus.valid}", f"--tasks={tasks}", f"--output={tmp_path / 'out'}"]
     ended = subprocess.run(
         command, env={**os.environ, **offline}, capture_output=True, text=True, check=False
     )
@@ -310,10 +323,12 @@ def test_the_example_shows_what_it_says(
 
 
 def test_lm_evals_own_command_line_gives_the_same(
-    runs: Runs, tmp_path: Path, offline: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    runs: Runs,
+    tasks: Path,
+    tmp_path: Path,
+    offline: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tasks = tmp_path / "tasks"
-    subprocess.run([sys.executable, str(EXAMPLE / "make_tasks.py"), str(tasks)], check=True)
     flags = ["--tasks", "next_line", "--include_path", str(tasks), "--limit", "5"]
     module = "megatron_dlm.evaluation.lm_eval_command"
     command = [sys.executable, "-m", module, "--model", "megatron_dlm", *flags]

@@ -6,28 +6,27 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import start
+from command_line import Ended, start
 from shell_blocks import commands, own_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {
-    "quickstart": ["--steps=2", "--unique_tokens=2048"],
     "train": ["--train.steps=4", "--schedule.warmup_steps=1", "--validation.interval_steps=4"],
 }
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def checkout(short_quickstart: tuple[Path, Ended], tmp_path: Path) -> Path:
     """What the page speaks of, after `make quickstart`."""
-    directory = tmp_path_factory.mktemp("checkout")
-    shutil.copy(ROOT / "README.md", directory)
-    for name in ("docs", "examples"):
-        shutil.copytree(ROOT / name, directory / name)
-    ended = start(["quickstart", *SHORT["quickstart"]], directory / "quickstart_log").end(280)
+    made, ended = short_quickstart
     assert ended.code == 0, ended.errors
-    return directory
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for source in (ROOT / "docs", ROOT / "examples", made / "quickstart"):
+        shutil.copytree(source, tmp_path / source.name)
+    return tmp_path
 
 
+@pytest.mark.timeout(900)
 def test_commands_run_as_shown(checkout: Path) -> None:
     run = []
     for number, words in enumerate(commands((ROOT / "README.md").read_text(encoding="utf-8"))):
@@ -44,5 +43,8 @@ def test_commands_run_as_shown(checkout: Path) -> None:
         assert ended.code == 0, f"{words}\n{ended.errors}"
         run.append((arguments[0], num_ranks))
     names = ["tokenizer", "preprocess", "plan", "train", "train", "data", "data"]
+    names += ["export", "import", "generate", "evaluate"]
     assert [name for name, _ in run] == names
     assert [num_ranks for name, num_ranks in run if name == "train"] == [1, 4]
+    assert (checkout / "models" / "masked" / "parity.json").exists()
+    assert (checkout / "runs" / "adapted" / "imported.yaml").exists()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
+from packaging.requirements import Requirement
 from sources import PACKAGE, ROOT
 
 TARGETS = {"quickstart", "test", "slow", "check", "bench", "clean"}
@@ -59,16 +65,60 @@ def test_ci_keeps_the_status_and_ends_with_the_summary(status: int, tmp_path: Pa
     assert lines[-1] == summary
 
 
-def test_constraints_pin_every_direct_dependency() -> None:
-    pins = "".join((ROOT / "requirements" / f"{name}.txt").read_text() for name in ("cpu", "dev"))
-    pinned = {name.lower() for name in re.findall(r"^([\w.-]+)==", pins, re.MULTILINE)}
-    block = re.search(
-        r"install_requires=\[(.*?)\n    \]", (ROOT / "setup.py").read_text(), re.DOTALL
-    )
-    assert block is not None
-    direct = {name.lower() for name in re.findall(r'"([\w-]+)', block.group(1))}
-    assert "megatron-core" in direct
-    assert direct <= pinned
+@pytest.fixture(scope="module")
+def package() -> dict[str, Any]:
+    """What setup.py tells setuptools."""
+    told: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(setuptools, "setup", told.update)
+        runpy.run_path("setup.py")
+    return told
+
+
+def test_the_makefile_installs_every_extra_that_needs_no_gpu(package: dict[str, Any]) -> None:
+    (extras,) = re.findall(r"-e '\.\[([\w,]+)\]'", (ROOT / "Makefile").read_text())
+    assert {*extras.split(",")} == {*package["extras_require"]} - {"te"}
+
+
+def test_constraints_pin_all_that_is_installed(package: dict[str, Any]) -> None:
+    """Direct dependencies, and what they pull in as far as this environment shows."""
+    texts = [(ROOT / "requirements" / f"{name}.txt").read_text() for name in ("cpu", "dev")]
+    pinned = {canonical(name) for name in re.findall(r"^([\w.-]+)==", "".join(texts), re.MULTILINE)}
+    extras = package["extras_require"]
+    direct = [*package["install_requires"]]
+    direct += [entry for name in extras if name != "te" for entry in extras[name]]
+    found = pulled_in(direct)
+    assert {"megatron-core", "torch", "transformers", "lm-eval", "pytest"} <= found
+    assert found <= pinned
+
+
+def pulled_in(requirements: Iterable[str]) -> set[str]:
+    """Their names, and those of all that they need here; torch brings its own GPU libraries."""
+    found: set[str] = set()
+    waiting = [Requirement(entry) for entry in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonical(requirement.name)
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            needs = map(Requirement, importlib.metadata.requires(name) or [])
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        extras = [*requirement.extras, ""]
+        waiting += [
+            need
+            for need in needs
+            if (need.marker is None or any(need.marker.evaluate({"extra": x}) for x in extras))
+            and not (name == "torch" and re.match("nvidia|cuda|triton", need.name))
+        ]
+    return found
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_presets_are_packaged() -> None:
