@@ -11,6 +11,7 @@ import contextlib
 import io
 import pickle
 from collections.abc import Iterator
+from enum import EnumMeta
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -49,9 +50,17 @@ _ALLOWED = {
 
 class _AllowListUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member  # Python 3.11.0 to 3.11.3 pickle members of enumerations with it
         if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"checkpoint metadata names {module}.{name}, refused")
         return super().find_class(module, name)
+
+
+def _enum_member(kind: Any, name: str) -> Any:
+    if not isinstance(kind, EnumMeta) or name not in kind.__members__:
+        raise pickle.UnpicklingError(f"checkpoint metadata asks for {kind}.{name}, refused")
+    return kind[name]
 
 
 def _load_metadata(file: Any) -> Any:
