@@ -37,6 +37,7 @@ bench: $(READY)
 	$(BIN)/python tools/benchmarks/scored_slots.py
 	$(BIN)/python tools/benchmarks/preprocess.py
 	$(BIN)/python tools/benchmarks/loader.py
+	$(BIN)/python tools/benchmarks/loss.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

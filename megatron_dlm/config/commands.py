@@ -210,7 +210,7 @@ class QuickstartConfig:
     """Train an autoregressive and a masked-diffusion model side by side on a laptop."""
 
     output_dir: str = "quickstart"
-    """Directory for corpus, tokenizer, shards, both runs and the picture."""
+    """Directory for corpus, tokenizer, shards, both runs, their exports, scores and the picture."""
     num_ranks: int = 2
     """Processes of the run."""
     seed: int = 1234

@@ -79,25 +79,6 @@ def _order(config: GenerateConfig) -> RevealOrder:
     return "first_hitting" if config.num_steps is None else "ancestral"
 
 
-def sample_run(
-    run_directory: str | Path,
-    prompts: Sequence[str],
-    *,
-    num_tokens: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-) -> list[str]:
-    """Each prompt with its continuation by `num_tokens` tokens, from the newest checkpoint.
-
-    Autoregressive models sample left to right, masked and block ones by the exact reverse process,
-    hybrid ones by 128 of its steps. Raises ValueError when the directory holds no run, checkpoint
-    or tokenizer.
-    """
-    sampling = Sampling(num_tokens, choice=TokenChoice(temperature), stop=False, seed=seed)
-    texts = generate_texts(load_model(run_directory), prompts, sampling)
-    return [text.prompt + text.text for text in texts]
-
-
 def _compare(
     config: GenerateConfig, prompts: Sequence[str], console: Console, lines: TextIO | None
 ) -> None:

@@ -27,8 +27,8 @@ def chunked_loss(
     layer: Megatron's ColumnParallelLinear without bias, whose sequence_parallel is off; it is
     called once per chunk, with its hooks. hidden [n, h]: the same rows on every TP rank. weight
     [V/tp, h]: the layer's if None. If gradients are wanted, the forward pass computes those of each
-    chunk at once and keeps their sums alone, that of the weight in fp32; the backward pass, which
-    may run only once, scales them. Collectives: those of layer and loss_of, per chunk of at most
+    chunk at once and keeps [n, h] and, in fp32, [V/tp, h] of them; the backward pass, which may run
+    only once, scales them. Collectives: those of layer and loss_of, per chunk of at most
     chunk_rows rows and for one empty chunk if n is 0; none in the backward pass.
     """
     assert chunk_rows > 0, chunk_rows

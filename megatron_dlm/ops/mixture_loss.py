@@ -58,7 +58,7 @@ def mixture_divergences(
     D_IS is 0 where s is 0: there z is the mask or its weight in the bound is 0. Where it would
     exceed e^87 it stays there. An id outside [0, vocab_size) yields infinity.
     Collectives over tp_group, in the forward pass only and also when n is 0: all-reduce MAX [n] and
-    SUM [3, n], and SUM [2, n] unless s is 0 in every row.
+    SUM [3, n], and SUM [2, n] unless s is 0 in every row (on CUDA always).
     """
     check_rows(logits, tokens, targets, log_snr, uniform_share)
     law = _RowLaw.of(log_snr, uniform_share, vocab_size)

@@ -94,17 +94,15 @@ def main() -> None:
     arguments = _arguments()
     open_device("cpu")
     torch.set_num_threads(arguments.threads)
-    problem = Problem(
-        arguments.vocab_size[0], arguments.tokens, arguments.hidden_size, arguments.chunk_rows
-    )
+    sizes = (arguments.tokens, arguments.hidden_size, arguments.chunk_rows)
+    problems = [Problem(vocab_size, *sizes) for vocab_size in arguments.vocab_size]
     if arguments.peak_of is not None:
-        print(json.dumps(_peak(problem, arguments.peak_of)))
+        print(json.dumps(_peak(problems[0], arguments.peak_of)))
         return
     facts = environment()
     print_environment(facts)
     results = []
-    for vocab_size in arguments.vocab_size:
-        problem = Problem(vocab_size, arguments.tokens, arguments.hidden_size, arguments.chunk_rows)
+    for problem in problems:
         results.append(_compare(problem, arguments))
         print(_summary(results[-1]), flush=True)
     write_json(arguments.json, {"environment": facts, "clock": arguments.clock, "losses": results})
@@ -242,9 +240,10 @@ def _interleaved(
 
 def _peak(problem: Problem, name: str) -> float:
     """MiB that one forward and backward pass adds to this process, with its logits (Linux)."""
+    prepared = _steps(problem, (name,)) if name in _HEADS else None
     before = _resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-    [step] = _steps(problem, (name,)).values()
+    [step] = (prepared or _steps(problem, (name,))).values()
     step()
     return _resident_mib("VmHWM") - before
 
