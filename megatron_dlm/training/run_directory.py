@@ -103,12 +103,24 @@ class RunDirectory:
 def _environment() -> dict[str, Any]:
     return {
         "megatron_dlm": __version__,
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        **_commit(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in _PACKAGES},
         "host": socket.gethostname(),
         "command": sys.argv,
+    }
+
+
+def _commit() -> dict[str, object]:
+    """The commit of the code that runs: said by a copy made for a job, else asked of git."""
+    noted = Path(__file__).parents[2] / "commit.txt"
+    if noted.is_file():
+        described = noted.read_text(encoding="utf-8").strip()  # by git describe --dirty
+        commit = described.removesuffix("-dirty")
+        return {"commit": commit, "uncommitted_changes": commit != described}
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
     }
 
 
