@@ -22,13 +22,12 @@ from size_study import (
     default_optimizer,
     matched_optimizer,
     require_sizes,
-    write_csv,
+    run_study,
 )
 
 from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
-from megatron_dlm.config.parse import parse
 from megatron_dlm.runtime.device import open_device
 
 if TYPE_CHECKING:
@@ -81,19 +80,14 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    try:
-        arguments = sys.argv[1:] if argv is None else argv
-        config = parse(CoordinateCheckConfig, arguments, "coordinate_check.py")
-        rows = measure(config)
-        directory = Path(config.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_csv(rows, directory / "coordinate_check.csv")
-        draw(rows, directory / "coordinate_check.png")
-        print_slopes(rows)
-    except (ValueError, OSError) as error:
-        print(f"coordinate_check.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_study(
+        CoordinateCheckConfig,
+        argv,
+        name="coordinate_check",
+        measure=measure,
+        draw=draw,
+        tell=print_slopes,
+    )
 
 
 def measure(config: CoordinateCheckConfig) -> list[Row]:

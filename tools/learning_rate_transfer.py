@@ -23,14 +23,13 @@ from size_study import (
     default_optimizer,
     matched_optimizer,
     require_sizes,
-    write_csv,
+    run_study,
 )
 
 from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
 from megatron_dlm.config.checks import require
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.optimizer import OptimizerConfig, ScheduleConfig
-from megatron_dlm.config.parse import parse
 from megatron_dlm.runtime.device import open_device
 from megatron_dlm.training.schedule import learning_rate
 
@@ -97,19 +96,14 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    try:
-        arguments = sys.argv[1:] if argv is None else argv
-        config = parse(LearningRateTransferConfig, arguments, "learning_rate_transfer.py")
-        rows = measure(config)
-        directory = Path(config.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_csv(rows, directory / "learning_rate_transfer.csv")
-        draw(rows, directory / "learning_rate_transfer.png")
-        print_best(rows)
-    except (ValueError, OSError) as error:
-        print(f"learning_rate_transfer.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_study(
+        LearningRateTransferConfig,
+        argv,
+        name="learning_rate_transfer",
+        measure=measure,
+        draw=draw,
+        tell=print_best,
+    )
 
 
 def measure(config: LearningRateTransferConfig) -> list[Row]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,33 @@ from typing import Any
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.checks import require
 from megatron_dlm.config.optimizer import OptimizerConfig
+from megatron_dlm.config.parse import parse
 
 PARAMETRIZATIONS = ("standard", "completep")
+
+
+def run_study(
+    config_class: type[Any],
+    argv: Sequence[str] | None,
+    *,
+    name: str,
+    measure: Callable[[Any], list[Any]],
+    draw: Callable[[list[Any], Path], None],
+    tell: Callable[[list[Any]], None],
+) -> int:
+    """Measure, write `name`.csv and `name`.png into the output directory; the exit status."""
+    try:
+        config = parse(config_class, sys.argv[1:] if argv is None else argv, f"{name}.py")
+        rows = measure(config)
+        directory = Path(config.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_csv(rows, directory / f"{name}.csv")
+        draw(rows, directory / f"{name}.png")
+        tell(rows)
+    except (ValueError, OSError) as error:
+        print(f"{name}.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def default_model() -> ModelConfig:

@@ -16,14 +16,14 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
 from megatron_dlm.config.objective import AttentionPattern
-from megatron_dlm.objectives.base import (
-    LossSums,
-    loss_and_bound_counts,
-    slots_like,
-    target_nll,
-    weighted_sums,
+from megatron_dlm.objectives.base import LossSums, slots_like
+from megatron_dlm.objectives.masked import (
+    Corruption,
+    mask_by_count,
+    mask_by_time,
+    masked_counts,
+    masked_loss_sums,
 )
-from megatron_dlm.objectives.masked import Corruption, mask_by_count, mask_by_time
 from megatron_dlm.objectives.schedules import Schedule
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import Purpose, Stream, random_bits, uniform
@@ -121,18 +121,13 @@ class BlockObjective:
         self, logits: Tensor, rows: ModelInputs, tp_group: ProcessGroup | None
     ) -> LossSums:
         """Weighted sum of -log p(clean token) over the masked slots."""
-        nll = target_nll(logits, rows, self.vocab_size, tp_group)
-        sums = weighted_sums(nll, rows)
-        sums.metrics["masked_share"] = torch.ones_like(rows.weights).sum()
-        sums.metrics["masked_nll"] = nll.detach().sum()
-        return sums
+        return masked_loss_sums(logits, rows, self.vocab_size, tp_group)
 
     def counts(self, inputs: ModelInputs) -> dict[str, Tensor]:
-        counts = loss_and_bound_counts(inputs)
-        num_valid, num_masked = counts["nelbo"], inputs.scored.sum(dtype=torch.float32)
+        counts = masked_counts(inputs)
         if self._is_clipped:
-            counts["nelbo"] = torch.zeros_like(num_valid)
-        return {**counts, "masked_share": num_valid, "masked_nll": num_masked}
+            counts["nelbo"] = torch.zeros_like(counts["nelbo"])
+        return counts
 
     @property
     def _is_clipped(self) -> bool:

@@ -139,16 +139,10 @@ class MaskedObjective:
         self, logits: Tensor, rows: ModelInputs, tp_group: ProcessGroup | None
     ) -> LossSums:
         """Weighted sum of -log p(clean token) over the masked slots."""
-        nll = target_nll(logits, rows, self.vocab_size, tp_group)
-        sums = weighted_sums(nll, rows)
-        sums.metrics["masked_share"] = torch.ones_like(rows.weights).sum()
-        sums.metrics["masked_nll"] = nll.detach().sum()
-        return sums
+        return masked_loss_sums(logits, rows, self.vocab_size, tp_group)
 
     def counts(self, inputs: ModelInputs) -> dict[str, Tensor]:
-        counts = loss_and_bound_counts(inputs)
-        num_masked = inputs.scored.sum(dtype=torch.float32)
-        return {**counts, "masked_share": counts["nelbo"], "masked_nll": num_masked}
+        return masked_counts(inputs)
 
     def _draw(self, sample_index: Tensor, seed: int, stream: Stream) -> tuple[Tensor, Tensor]:
         """Numbers behind the noise levels, and what their law makes of the bound: float64 [b, 1]"""
@@ -159,6 +153,24 @@ class MaskedObjective:
         if self.time_curriculum is not None:
             draw, factor = self.time_curriculum.at(draw, sample_index // self.batch_size)
         return draw[:, None], factor[:, None]
+
+
+def masked_loss_sums(
+    logits: Tensor, rows: ModelInputs, vocab_size: int, tp_group: ProcessGroup | None
+) -> LossSums:
+    """Sums of the weighted -log p(clean token) of masked slots, and what is logged of them."""
+    nll = target_nll(logits, rows, vocab_size, tp_group)
+    sums = weighted_sums(nll, rows)
+    sums.metrics["masked_share"] = torch.ones_like(rows.weights).sum()
+    sums.metrics["masked_nll"] = nll.detach().sum()
+    return sums
+
+
+def masked_counts(inputs: ModelInputs) -> dict[str, Tensor]:
+    """Denominators of `masked_loss_sums`: the masked share is one of the valid slots."""
+    counts = loss_and_bound_counts(inputs)
+    num_masked = inputs.scored.sum(dtype=torch.float32)
+    return {**counts, "masked_share": counts["nelbo"], "masked_nll": num_masked}
 
 
 def mask_by_time(
