@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +197,9 @@ def test_bad_input_is_named(
         assert len(error.strip().splitlines()) == 1
 
 
-def test_an_unknown_objective_is_refused_by_name(runs: Runs, tiny_corpus: TinyCorpus) -> None:
-    model = load_model(runs["masked"])
-    object.__setattr__(model, "objective_kind", "hybrid")
-    with pytest.raises(ValueError, match=r"objective\.kind hybrid; likelihoods are known for"):
+def test_a_diffusion_model_without_mask_is_refused(runs: Runs, tiny_corpus: TinyCorpus) -> None:
+    model = replace(load_model(runs["masked"]), mask_token_id=None)
+    with pytest.raises(ValueError, match="is a masked model but names no mask id"):
         evaluate_shards(model, str(tiny_corpus.valid))
 
 
