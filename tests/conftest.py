@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +13,11 @@ from tiny_corpus import TinyCorpus, make_tiny_corpus
 from megatron_dlm.runtime.device import open_device
 
 open_device("auto")  # before any test module imports megatron.core
+
+# transformers copies the code of a model here before it runs it: one folder for the session, not
+# the user's. It is a package of this process, so it cannot change from test to test.
+_CODE_OF_MODELS = tempfile.TemporaryDirectory(prefix="transformers_modules_")
+os.environ["HF_MODULES_CACHE"] = _CODE_OF_MODELS.name
 
 
 @pytest.fixture(scope="session")

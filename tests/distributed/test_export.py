@@ -74,15 +74,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _code_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers copies the code of a model into a cache before it runs it."""
-    from transformers import dynamic_module_utils
-
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-
-
 @pytest.mark.parametrize("num_ranks", [1, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_computes_what_megatron_computes(
