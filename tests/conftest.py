@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -13,6 +14,10 @@ from tiny_corpus import TinyCorpus, make_tiny_corpus
 from megatron_dlm.runtime.device import open_device
 
 open_device("auto")  # before any test module imports megatron.core
+
+# A shell that starts the suite in the background has it ignore SIGINT, and all that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # transformers copies the code of a model here before it runs it: one folder for the session, not
 # the user's. It is a package of this process, so it cannot change from test to test.
