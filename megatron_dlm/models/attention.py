@@ -14,7 +14,6 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_dlm.config.objective import AttentionPattern
@@ -27,6 +26,7 @@ from megatron_dlm.models.attention_visibility import (
 )
 from megatron_dlm.models.dense_attention import dense_attention
 from megatron_dlm.models.flexible_attention import flexible_attention
+from megatron_dlm.models.head_sharding import sharded_by_heads
 from megatron_dlm.models.packed import PackedDocuments
 
 
@@ -168,15 +168,7 @@ class CoreAttention(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
         """The sinks of all heads, split over the TP ranks as the heads are."""
-        assert metadata is not None, "whoever saves a model says by which groups it is split"
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(keep_vars=True),
-            prefix,
-            {"sink_key": 0, "sink_value": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
+        return sharded_by_heads(self, prefix, sharded_offsets, metadata, self.tp_group)
 
 
 def _sink(shape: tuple[int, int], dtype: torch.dtype) -> nn.Parameter:

@@ -20,6 +20,8 @@ from megatron_dlm.models.transformer_config import transformer_config
 from megatron_dlm.runtime.device import Device
 from megatron_dlm.runtime.parallel import ParallelContext
 
+_STANDARD = OptimizerConfig()
+
 HeadLoss = Callable[[nn.Module, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """Output layer, hidden states [n, h] of the scored slots, weight (None: the layer's) -> the sums of
 `chunked_loss`."""
@@ -105,11 +107,11 @@ def build_model(
     seed: int,
     device: Device,
     parallel: ParallelContext,
-    optimizer: OptimizerConfig | None = None,
+    optimizer: OptimizerConfig = _STANDARD,
 ) -> list[LanguageModel]:
     """This rank's chunks of the model, initialised; one per virtual pipeline stage.
 
-    The parametrization of `optimizer` says how wide the initial weights are; None is the standard.
+    The parametrization of `optimizer` says how wide the initial weights are.
     Raises ValueError when the options are impossible (see `transformer_config`).
     """
     config = transformer_config(model, parallel_config, precision=precision, device=device)
@@ -118,7 +120,7 @@ def build_model(
         chunk = _build_chunk(model, config, objective, number=number, parallel=parallel)
         chunk.to(device=device.torch_device, dtype=config.params_dtype)
         sharded = chunk.sharded_state_dict(metadata=sharding_metadata(parallel))
-        initialize_weights(sharded, model, seed, optimizer=optimizer or OptimizerConfig())
+        initialize_weights(sharded, model, seed, optimizer=optimizer)
         chunks.append(chunk)
     return chunks
 

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+
+from megatron_dlm.models.head_sharding import sharded_by_heads
 
 
 class RMSNorm(nn.Module):
@@ -101,12 +102,4 @@ class FullWidthRMSNorm(nn.Module):
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
         """The gains of all heads, split over the TP ranks as the heads are."""
-        assert metadata is not None, "whoever saves a model says by which groups it is split"
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(keep_vars=True),
-            prefix,
-            {"weight": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
+        return sharded_by_heads(self, prefix, sharded_offsets, metadata, self.tp_group)

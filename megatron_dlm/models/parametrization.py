@@ -21,7 +21,6 @@ from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.ops.counter_rng import Stream, normal
 
-_STANDARD = OptimizerConfig()
 _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -76,7 +75,7 @@ def initialize_weights(
     model: ModelConfig,
     seed: int,
     *,
-    optimizer: OptimizerConfig = _STANDARD,
+    optimizer: OptimizerConfig,
 ) -> None:
     """Fill every parameter in place: matrices N(0, std), norms with the identity, biases 0.
 
