@@ -25,9 +25,10 @@ from size_study import (
     run_study,
 )
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.runtime.device import open_device
 
 if TYPE_CHECKING:

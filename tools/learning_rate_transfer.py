@@ -26,10 +26,11 @@ from size_study import (
     run_study,
 )
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.checks import require
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.optimizer import OptimizerConfig, ScheduleConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.runtime.device import open_device
 from megatron_dlm.training.schedule import learning_rate
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.checks import require
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.optimizer import OptimizerConfig, check_completep, completep_multipliers
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.models.build import LanguageModel, build_model
 from megatron_dlm.objectives.build import build_objective
 from megatron_dlm.ops.batch import TokenBatch

@@ -37,7 +37,7 @@ from megatron_dlm.checkpoint.state import (
     restore_model,
     restore_optimizer,
 )
-from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.config.architecture import ModelConfig, weight_settings
 from megatron_dlm.config.schema import CheckpointConfig
 from megatron_dlm.models.build import LanguageModel
 from megatron_dlm.runtime.errors import AgreedError
@@ -239,7 +239,7 @@ def check_description(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> No
     """
     stored = checkpoint.manifest
     # What a checkpoint does not name is an option that came later: it had the default then.
-    made_with = {**asdict(ModelConfig()), **stored["config"]["model"], **stored["model"]}
+    made_with = {**weight_settings(ModelConfig()), **stored["config"]["model"], **stored["model"]}
     for name, value in expected["model"].items():
         if made_with[name] != value:
             raise ValueError(

@@ -1,15 +1,17 @@
-"""Sections that say what is built and how it is split: model, parallel.
+"""The section that says what is built: model.
 
-Attribute docstrings are the `--help` text. Each section checks its own fields; rules that span
+Attribute docstrings are the `--help` text. The section checks its own fields; rules that span
 sections live in `config/validate.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_dlm.config.checks import require, require_fraction, require_positive
+from megatron_dlm.config.moe import WEIGHT_FIELDS as MOE_WEIGHT_FIELDS
+from megatron_dlm.config.moe import MoEConfig
 
 MegatronOption = bool | int | float | str | None
 
@@ -78,6 +80,7 @@ class ModelConfig:
     """Activation recompute: none, selective (core attention), or full (whole layers)."""
     recompute_num_layers: int = 1
     """Layers per recomputed unit when recompute_granularity is full."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
     megatron: dict[str, MegatronOption] = field(default_factory=dict)
     """Further fields of Megatron Core's TransformerConfig, checked against it by name."""
 
@@ -108,6 +111,11 @@ class ModelConfig:
         )
         self._check_heads()
         self._check_output()
+        require(
+            self.moe.num_dense_layers < self.num_layers,
+            f"model.moe.num_dense_layers {self.moe.num_dense_layers} leaves none of the "
+            f"{self.num_layers} layers (model.num_layers) with experts",
+        )
         dropouts = {
             "hidden_dropout": self.hidden_dropout,
             "attention_dropout": self.attention_dropout,
@@ -166,6 +174,16 @@ class ModelConfig:
         return 4 * self.hidden_size
 
     @property
+    def expert_ffn_size(self) -> int:
+        """Inner width of one expert."""
+        return self.moe.ffn_hidden_size or self.ffn_size
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers whose MLP is a set of experts: the last ones."""
+        return self.num_layers - self.moe.num_dense_layers if self.moe.is_moe else 0
+
+    @property
     def padded_vocab_size(self) -> int:
         """Embedding rows: vocab_size rounded up, independent of the layout."""
         assert self.vocab_size is not None, "resolve() fills vocab_size"
@@ -173,7 +191,7 @@ class ModelConfig:
         return -(-self.vocab_size // multiple) * multiple
 
 
-WEIGHT_FIELDS = (
+_WEIGHT_FIELDS = (
     "num_layers",
     "hidden_size",
     "num_attention_heads",
@@ -196,73 +214,11 @@ WEIGHT_FIELDS = (
     "make_vocab_size_divisible_by",
     "untie_embeddings_and_output_weights",
 )
-"""The part of ModelConfig that says what the weights are; the rest is how they are used."""
 
 
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How the model and the batch are split over ranks."""
-
-    tensor_model_parallel_size: int = 1
-    """Ranks that share each layer (TP)."""
-    pipeline_model_parallel_size: int = 1
-    """Pipeline stages (PP)."""
-    virtual_pipeline_model_parallel_size: int | None = None
-    """Model chunks per pipeline stage (interleaved schedule, VPP); needs PP > 1."""
-    context_parallel_size: int = 1
-    """Ranks that share each sequence (CP)."""
-    expert_model_parallel_size: int = 1
-    """Ranks that share the experts of an MoE layer (EP)."""
-    sequence_parallel: bool = False
-    """Split norms and dropout along the sequence over the TP ranks (SP); needs TP > 1."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients over DP ranks while the backward pass runs."""
-    overlap_param_gather: bool = False
-    """Gather parameters over DP ranks while the forward pass runs; needs overlap_grad_reduce."""
-    distributed_timeout_minutes: float = 10.0
-    """Minutes before a collective without answer ends the run."""
-
-    def __post_init__(self) -> None:
-        require_positive(
-            "parallel",
-            {
-                "tensor_model_parallel_size": self.tensor_model_parallel_size,
-                "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
-                "context_parallel_size": self.context_parallel_size,
-                "expert_model_parallel_size": self.expert_model_parallel_size,
-                "distributed_timeout_minutes": self.distributed_timeout_minutes,
-            },
-        )
-        require(
-            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
-            "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1",
-        )
-        virtual = self.virtual_pipeline_model_parallel_size
-        require(
-            virtual is None or (virtual > 1 and self.pipeline_model_parallel_size > 1),
-            f"parallel.virtual_pipeline_model_parallel_size is {virtual}; it must be at least 2 "
-            "and needs parallel.pipeline_model_parallel_size > 1",
-        )
-        require(
-            not self.overlap_param_gather or self.overlap_grad_reduce,
-            "parallel.overlap_param_gather needs parallel.overlap_grad_reduce",
-        )
-        require(
-            self.context_parallel_size == 1,
-            f"parallel.context_parallel_size is {self.context_parallel_size}; context parallelism "
-            "is not available yet, use 1",
-        )
-        require(
-            self.expert_model_parallel_size == 1,
-            f"parallel.expert_model_parallel_size is {self.expert_model_parallel_size}; it needs "
-            "MoE layers, which are not available yet, use 1",
-        )
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model (TP * PP * CP)."""
-        return (
-            self.tensor_model_parallel_size
-            * self.pipeline_model_parallel_size
-            * self.context_parallel_size
-        )
+def weight_settings(model: ModelConfig) -> dict[str, Any]:
+    """The part of ModelConfig that says what the weights are, by dotted name; the rest is how they
+    are used."""
+    settings = {name: getattr(model, name) for name in _WEIGHT_FIELDS}
+    settings.update({f"moe.{name}": getattr(model.moe, name) for name in MOE_WEIGHT_FIELDS})
+    return settings

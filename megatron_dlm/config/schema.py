@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.checks import require, require_positive
+from megatron_dlm.config.fp8 import Fp8Config
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.optimizer import OptimizerConfig, ScheduleConfig
+from megatron_dlm.config.parallel import ParallelConfig
+from megatron_dlm.config.recovery import RecoveryConfig
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,9 @@ class TrainConfig:
     loss_chunk_slots: int | None = None
     """Run output layer and loss on this many scored slots at a time, so that the logits of a whole
     micro-batch never live together; default: on all at once."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of the forward and backward pass; optimizer state is always fp32."""
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Arithmetic of the forward and backward pass; optimizer state is always fp32. fp8: matrices of
+    the layers in FP8 (section fp8), the rest in bf16."""
     seed: int = 1234
     """Seed of the initial weights, the noise and the dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -178,3 +182,5 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)

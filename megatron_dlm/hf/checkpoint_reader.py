@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from megatron_dlm.checkpoint.retention import Checkpoint, whole_checkpoints
 from megatron_dlm.checkpoint.safe_loading import safe_loading
 from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.config.moe import MoEConfig
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.hf.mapping import ExportedTensor, checkpoint_tensors
 
@@ -212,6 +213,8 @@ def _section(kind: Any, values: dict[str, Any], path: Path) -> Any:
             f"{path} was made by a newer megatron-dlm: {kind.__name__} has no "
             f"{', '.join(unknown)}; update"
         )
+    if "moe" in values:
+        values = {**values, "moe": _section(MoEConfig, values["moe"], path)}
     return kind(**values)
 
 

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from megatron_dlm.checkpoint.retention import whole_checkpoints
-from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.config.architecture import ModelConfig, weight_settings
 from megatron_dlm.config.hf_commands import ImportConfig
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import RunConfig
@@ -178,7 +178,7 @@ def _write_checkpoint(
     config["data"]["tokenizer"] = None if tokenizer is None else str(tokenizer)
     config["train"]["output_dir"] = str(output)
     description = {
-        "model": config["model"],
+        "model": weight_settings(subject.model),
         "data": {"digest": None},
         "config": config,
         "num_parameters": count_parameters(subject.model).total,

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
+from megatron_dlm.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)

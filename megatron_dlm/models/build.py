@@ -9,9 +9,10 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.models.layer_specs import block_spec
 from megatron_dlm.models.packed import PackedDocuments
 from megatron_dlm.models.parametrization import initialize_weights

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.distributed import ProcessGroup
 
 from megatron_dlm.config.architecture import ModelConfig
@@ -42,15 +43,38 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk and its final norm."""
     has_engine = config.transformer_impl == "transformer_engine"
+    norm: type = RMSNorm
     if has_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = (
-            get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm),
-            TENorm,
+        norm = TENorm
+    first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage=virtual_stage))
+    layers = [
+        _layer(config, model, objective, tp_group=tp_group, has_experts=has_experts)
+        for has_experts in (n >= model.num_layers - model.num_moe_layers for n in numbers)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _layer(
+    config: TransformerConfig,
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    *,
+    tp_group: ProcessGroup,
+    has_experts: bool,
+) -> ModuleSpec:
+    num_experts = model.moe.num_experts if has_experts else None
+    has_engine = config.transformer_impl == "transformer_engine"
+    if has_engine:
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts,
+            moe_grouped_gemm=has_experts,
+            qk_layernorm=config.qk_layernorm,
         )
     else:
-        layer, norm = _local_layer(config), RMSNorm
+        layer = _local_layer(config, num_experts)
     parts = layer.submodules
     attention = parts.self_attention
     attention.params["attn_mask_type"] = _MASK_TYPES[objective.attention]
@@ -63,12 +87,13 @@ def block_spec(
         attention.module = UnbiasedSelfAttention
     if model.residual_multiplier != 1.0:
         parts.self_attn_bda = parts.mlp_bda = scaled_addition(model.residual_multiplier)
-    num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    return layer
 
 
-def _local_layer(config: TransformerConfig) -> ModuleSpec:
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+def _local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        num_experts=num_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules

@@ -27,8 +27,10 @@ _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 class ParameterKind(Enum):
     """What a parameter does; each kind starts and learns in its own way."""
 
-    BULK = r"\.linear_(qkv|proj|fc1|fc2)\.weight$"
-    """Matrices of the layers."""
+    BULK = r"\.linear_(qkv|proj|fc1|fc2)\.weight\d*$"
+    """Matrices of the layers, also of their experts."""
+    ROUTER = r"\.(router\.weight|shared_experts\.gate_weight)$"
+    """Scores of the experts, and the gate of the shared one."""
     EMBEDDING = r"(^|\.)embedding\.word_embeddings\.weight$"
     OUTPUT_LAYER = r"(^|\.)output_layer\.weight$"
     NORM = r"norm[._]weight$"
@@ -128,10 +130,13 @@ def _shards(tree: object) -> Iterator[ShardedTensor]:
 
 
 def _fill_normal(tensor: Tensor, shard: ShardedTensor, *, std: float, seed: int) -> None:
-    """Draw the rows of `tensor` at their place in the whole parameter (layers stacked first)."""
+    """Draw the rows of `tensor` at their place in the whole parameter (layers, experts stacked)."""
     assert tensor.dim() == 2, f"{shard.key} has shape {tuple(tensor.shape)}"
+    stack = 0
     *stacked, row_start, column_start = shard.global_offset
-    row_start += (stacked[0] if stacked else 0) * shard.global_shape[-2]
+    for place, size in zip(stacked, shard.global_shape, strict=False):  # layer, then expert
+        stack = stack * size + place
+    row_start += stack * shard.global_shape[-2]
     key = int.from_bytes(hashlib.sha256(shard.key.encode()).digest()[:4], "big")
     rows, columns = tensor.shape
     index = torch.arange(row_start, row_start + rows, device=tensor.device)

@@ -12,7 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.config.parallel import ParallelConfig
+from megatron_dlm.models.moe import moe_options
 from megatron_dlm.runtime.device import Device
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -51,6 +53,7 @@ def _options(
     recompute = model.recompute_granularity
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     dtype = _DTYPES[precision]
+    implementation = transformer_implementation(model, device)
     return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -72,7 +75,7 @@ def _options(
         # The weights are filled by models/parametrization.py, whatever the layout.
         "init_method": _leave,
         "output_layer_init_method": _leave,
-        "transformer_impl": transformer_implementation(model, device),
+        "transformer_impl": implementation,
         "recompute_granularity": None if recompute == "none" else recompute,
         "recompute_method": "uniform" if recompute == "full" else None,
         "recompute_num_layers": model.recompute_num_layers if recompute == "full" else None,
@@ -81,6 +84,7 @@ def _options(
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -93,6 +97,7 @@ def _options(
         "batch_p2p_comm": not interleaved,
         # gloo still reads a sent tensor after the call returns; NCCL is ordered by its stream.
         "deallocate_pipeline_outputs": device.is_cuda,
+        **moe_options(model, has_engine=implementation == "transformer_engine"),
     }
 
 

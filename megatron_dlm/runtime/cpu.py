@@ -45,6 +45,7 @@ def adapt_megatron() -> None:
     _answer_for_cuda()
     _adapt_random_state()
     _skip_collectives_with_oneself()
+    _adapt_experts()
     _keep_freed_memory()
 
 
@@ -143,6 +144,25 @@ def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
         tracker.states_[name] = torch.get_rng_state()
         torch.set_rng_state(tracker.states_.get(outer_name, outer_state))
         tracker._current_state_name = outer_name
+
+
+def _adapt_experts() -> None:
+    """Routing without Transformer Engine's GEMM, and split sizes that gloo accepts: numbers."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):  # the name is bound only where TE is installed
+        moe_utils.te_general_gemm = None
+    token_dispatcher.MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _split_sizes_on_host
+
+
+def _split_sizes_on_host(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+    """MoEAlltoAllTokenDispatcher's own turns only CUDA tensors into numbers."""
+    if not dispatcher.drop_and_pad and point == dispatcher.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            sizes = getattr(dispatcher, name)
+            if torch.is_tensor(sizes):
+                setattr(dispatcher, name, sizes.numpy())
+    return tokens_per_expert
 
 
 def _skip_collectives_with_oneself() -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_dlm.config.architecture import ParallelConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.runtime.device import Device
 from megatron_dlm.runtime.errors import AgreedError
 
@@ -138,6 +138,7 @@ def laid_out(config: ParallelConfig) -> Iterator[ParallelContext]:
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
     )
     timeout = timedelta(minutes=config.distributed_timeout_minutes)

@@ -21,8 +21,8 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from megatron_dlm.checkpoint.state import optimizer_parts
-from megatron_dlm.config.architecture import ParallelConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.models.build import LanguageModel
 from megatron_dlm.models.parametrization import ParameterKind, kind_of, update_settings
 from megatron_dlm.ops.laprop import LaProp

@@ -10,7 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_dlm.checkpoint.retention import Checkpoint
 from megatron_dlm.checkpoint.state import TrainState
 from megatron_dlm.checkpoint.store import Checkpointed, CheckpointStore, check_description, load
-from megatron_dlm.config.architecture import WEIGHT_FIELDS
+from megatron_dlm.config.architecture import weight_settings
 from megatron_dlm.config.derive import step_tokens, total_steps
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.config.validate import check_schedule
@@ -93,9 +93,8 @@ def _data_messages(config: RunConfig, corpus: Corpus, num_steps: int) -> list[st
 
 def describe(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     """What a checkpoint of this run says about itself; a run continues only from its equal."""
-    model = asdict(config.model)
     return {
-        "model": {name: model[name] for name in WEIGHT_FIELDS},
+        "model": weight_settings(config.model),
         "data": {"digest": corpus.digest},
     }
 

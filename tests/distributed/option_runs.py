@@ -14,8 +14,9 @@ from tiny_run import SEED, VOCAB_SIZE, Layout, _gather_gradients, _micro_batches
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.objectives.base import LossSums, target_nll
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import Stream

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.schema import CheckpointConfig, OptimizerConfig, RunConfig
 from megatron_dlm.models.accounting import count_parameters
 

@@ -10,8 +10,8 @@ from rank_pool import RankPool
 from tiny_run import MASK_ID, SEED, VOCAB_SIZE, layout, model_config
 from torch import Tensor
 
-from megatron_dlm.config.architecture import ParallelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.models.output_layer import chunked_loss
 from megatron_dlm.ops.mixture_loss import mixture_divergences
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rank_pool import RankPool
 
-from megatron_dlm.config.architecture import ParallelConfig
+from megatron_dlm.config.parallel import ParallelConfig
 
 
 def draw_masks(

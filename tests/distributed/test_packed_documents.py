@@ -11,8 +11,9 @@ from rank_pool import RankPool
 from tiny_run import SEED, VOCAB_SIZE, made_up_documents, model_config
 from torch import Tensor
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
+from megatron_dlm.config.parallel import ParallelConfig
 
 NUM_ROWS, SEQ_LENGTH = 3, 24
 MODELS = {

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.schema import OptimizerConfig
 from megatron_dlm.ops.batch import TokenBatch
 from megatron_dlm.ops.counter_rng import Stream
@@ -36,6 +37,9 @@ def layout(name: str, num_ranks: int, *, micro: int = 2, **sizes: Any) -> Layout
         "pp": "pipeline_model_parallel_size",
         "vpp": "virtual_pipeline_model_parallel_size",
         "sp": "sequence_parallel",
+        "cp": "context_parallel_size",
+        "ep": "expert_model_parallel_size",
+        "etp": "expert_tensor_parallel_size",
     }
     parallel = ParallelConfig(**{short.get(key, key): value for key, value in sizes.items()})
     return Layout(name, num_ranks, micro, parallel)

@@ -19,8 +19,9 @@ from plain import PlainTransformer
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.schema import OptimizerConfig
 from megatron_dlm.models.build import build_model
 from megatron_dlm.models.transformer_config import transformer_config

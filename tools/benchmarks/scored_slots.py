@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from measure import CLOCKS, environment, interleave, parser, print_environment, spread, write_json
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.models.accounting import count_parameters
 from megatron_dlm.runtime.device import open_device
 

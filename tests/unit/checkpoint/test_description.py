@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ import pytest
 
 from megatron_dlm.checkpoint.retention import Checkpoint
 from megatron_dlm.checkpoint.store import check_description
-from megatron_dlm.config.architecture import WEIGHT_FIELDS, ModelConfig
+from megatron_dlm.config.architecture import ModelConfig, weight_settings
 
 MODEL = ModelConfig(vocab_size=100)
 
 
 def said_by(model: ModelConfig, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    values = {name: asdict(model)[name] for name in WEIGHT_FIELDS if name not in without}
+    settings = weight_settings(model)
+    values = {name: value for name, value in settings.items() if name not in without}
     return {"model": values, "data": {"digest": "d"}}
 
 

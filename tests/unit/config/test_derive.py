@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.derive import (
     data_parallel_size,
     num_micro_batches,
@@ -18,6 +18,7 @@ from megatron_dlm.config.derive import (
     world_size_of,
 )
 from megatron_dlm.config.objective import ObjectiveConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.parse import dump, parse
 from megatron_dlm.config.schema import DataConfig, RunConfig, TrainConfig
 

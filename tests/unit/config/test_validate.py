@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.schema import DataConfig, RunConfig, ScheduleConfig, TrainConfig
 from megatron_dlm.config.tokenizer_metadata import read_tokenizer_metadata
 from megatron_dlm.config.validate import check, prepare

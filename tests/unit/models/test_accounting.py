@@ -12,8 +12,9 @@ from attention_reference import block_visible
 from rank_pool import RankPool
 from tiny_run import token_batch
 
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.parse import parse
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.models.accounting import (

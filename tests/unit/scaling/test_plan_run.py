@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from megatron_dlm import cli
-from megatron_dlm.config.architecture import ModelConfig, ParallelConfig
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.commands import PlanConfig
 from megatron_dlm.config.hardware import GPUS
 from megatron_dlm.config.keys import leaf_types
+from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.schema import DataConfig, RunConfig, TrainConfig
 from megatron_dlm.data.storage.dataset import write_dataset
 from megatron_dlm.data.storage.shard_writer import ShardWriter
