@@ -13,6 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed-$(REQUIREMENTS)
 
+# Test files that run side by side, each with up to four ranks.
+WORKERS ?= 2
 # The tests start their own ranks; threads of each would only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -22,7 +24,7 @@ quickstart: $(READY)
 	$(BIN)/megatron-dlm quickstart
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow

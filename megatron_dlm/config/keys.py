@@ -41,6 +41,11 @@ def is_mapping(annotation: Any) -> bool:
     return get_origin(annotation) is dict
 
 
+def admits_nothing(annotation: Any) -> bool:
+    """Whether the value may be null."""
+    return type(None) in get_args(annotation)
+
+
 def in_words(annotation: Any) -> str:
     """What a value of this type looks like, for an error message."""
     origin = get_origin(annotation)
@@ -96,3 +101,5 @@ def check_keys(flat: Mapping[str, Any], leaves: Mapping[str, Any], source: str) 
             raise ValueError(f"{source}: section {key} is {shown}; give it keys or remove it")
         if key not in leaves:
             raise ValueError(f"{source}: unknown key {key}{suggestion(key, leaves)}")
+        if value is None and not admits_nothing(leaves[key]):
+            raise ValueError(f"{source}: {key} is null; expected {in_words(leaves[key])}")

@@ -151,6 +151,8 @@ def _read_file(name: str, leaves: dict[str, Any]) -> _ConfigFile:
         raise ValueError(
             f"--config {name}: not valid YAML: {' '.join(str(error).split())}"
         ) from None
+    except RecursionError:
+        raise ValueError(f"--config {name}: nested too deeply to be a configuration") from None
     if values is None:
         values = {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -116,10 +116,17 @@ ERRORS = {
         r"objective\.kind is mask; expected one of autoregressive, masked, hybrid, block$",
     ),
     "wrong_mapping": ("data: {train: 3}", [], r"data\.train is 3; expected a mapping of text to a"),
+    "null_number": (
+        "validation: {interval_steps: null}",
+        [],
+        r"bad\.yaml: validation\.interval_steps is null; expected an integer$",
+    ),
+    "null_mapping": ("data: {train:}", [], r"data\.train is null; expected a mapping of text"),
     "section_is_a_value": ("model: 3", [], r"section model is 3; give it keys or remove it$"),
     "section_is_empty": ("model:", [], r"section model is empty; give it keys or remove it$"),
     "given_twice": ("train: {steps: 1}\ntrain: {steps: 2}", [], r"line 2: train is given twice$"),
     "broken_yaml": ("model: {a: [", [], r"bad\.yaml: not valid YAML: .*line \d+"),
+    "very_deep": ("model: " + "[" * 5000, [], r"bad\.yaml: nested too deeply to be a conf"),
     "not_a_mapping": ("- a", [], r"expected sections such as `model:`"),
     "own_check": (
         "model: {hidden_size: 7}",
