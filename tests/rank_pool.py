@@ -6,6 +6,7 @@ port is ever taken. The first failing rank's traceback is the failure of the cal
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -112,4 +113,6 @@ def _serve(connection: Connection) -> None:
             answer = (False, traceback.format_exc())
         if dist.is_initialized():
             dist.destroy_process_group()
+        # Models hold their groups in cycles; the threads of every group would go on polling.
+        gc.collect()
         connection.send(answer)

@@ -1,8 +1,8 @@
 """Steps against batch size at equal loss: a hyperbola, whose corner says how large a batch pays.
 
-((S / S_min)^a - 1) ((B / B_min)^a - 1) = 1: "Scaling Behavior of Discrete Diffusion Language Models"
-section 4, where a lies between 0.1 and 0.2; after McCandlish et al. 2018, whose law has examples
-for B and no a.
+((S / S_min)^a - 1) ((B / B_min)^a - 1) = 1, with a between 0.1 and 0.2 in section 4 of "Scaling
+Behavior of Discrete Diffusion Language Models"; after McCandlish et al. 2018, whose law has
+examples for B and no a.
 """
 
 from __future__ import annotations

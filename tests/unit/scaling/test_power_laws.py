@@ -123,7 +123,7 @@ def test_an_iso_loss_curve_is_found(sharpness: float) -> None:
 @pytest.mark.parametrize("sharpness", [0.15, 0.5, 1.0])
 def test_the_batch_of_fewest_tokens(sharpness: float) -> None:
     curve = IsoLoss(1000.0, 10_000.0, sharpness)
-    batches = curve.least_tokens_batch * np.geomspace(0.9, 1.1, 201)
+    batches = curve.least_tokens_batch * np.geomspace(0.9, 1 / 0.9, 201)
     tokens = [curve.steps(batch) * batch for batch in batches]
     assert abs(int(np.argmin(tokens)) - 100) <= 1
 
