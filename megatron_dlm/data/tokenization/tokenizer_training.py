@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -120,9 +120,10 @@ def _check_output(output: Path) -> None:
 def _publish(source: TokenizerSource, tokenizer: Tokenizer, output: Path) -> None:
     """Write beside and rename into place; an older tokenizer is moved aside, then removed."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    # Not mkdtemp: who may read the tokenizer is for the user's umask to say.
+    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
     try:
-        temporary.chmod(0o755)
         for name, content in source.files.items():
             (temporary / name).write_bytes(content)
         np.save(temporary / TOKEN_BYTES_FILE, tokenizer.token_bytes())
