@@ -1,0 +1,142 @@
+"""Studies: expansion, stable names, refusals, cost, and the tidy table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_dlm import cli
+from megatron_dlm.models.accounting import training_flops_per_token
+from megatron_dlm.scaling.study import read_study
+from megatron_dlm.training.status import write_status
+
+BASE = """
+model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2, seq_length: 16, vocab_size: 50}
+objective: {mask_token_id: 49}
+data: {train: {text: 1.0}, unique_tokens: 1600}
+train: {steps: 10, global_batch_size: 4, precision: fp32, device: cpu}
+schedule: {warmup_steps: 1}
+"""
+STUDY = """
+name: small
+question: Does it expand?
+base: base.yaml
+set: {optimizer.lr: 1.0e-3, data.train: {text: 1.0, more: 0.5}}
+axes:
+  objective:
+    ar: {objective.kind: autoregressive}
+    masked: {objective.kind: masked}
+  size:
+    small:
+    wide: {model.hidden_size: 64}
+  seed: {s1: {train.seed: 1}, s2: {train.seed: 2}}
+leave_out: [{objective: ar, size: wide}, {objective: ar, seed: s2}]
+"""
+
+
+def write(folder: Path, study: str = STUDY) -> Path:
+    (folder / "base.yaml").write_text(BASE)
+    path = folder / "study.yaml"
+    path.write_text(study)
+    return path
+
+
+def test_expansion(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path))
+    assert [run.name for run in study.runs] == [
+        "ar_small_s1",
+        "masked_small_s1",
+        "masked_small_s2",
+        "masked_wide_s1",
+        "masked_wide_s2",
+    ]
+    last = study.runs[-1]
+    assert last.labels == {"objective": "masked", "size": "wide", "seed": "s2"}
+    config = last.config(tmp_path / "runs")
+    assert (config.model.hidden_size, config.train.seed, config.optimizer.lr) == (64, 2, 1e-3)
+    assert config.data.train == {"text": 1.0, "more": 0.5}
+    assert config.train.output_dir == str(tmp_path / "runs")
+    study.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("axes:", "axis:"), "unknown key axis"),
+        (("s1: {train.seed: 1}", "s_1: {}"), "axes.seed has the label 's_1'; labels become names"),
+        (("[{objective: ar, size: wide}", "[{objective: br}"), "leave_out names objective: br, wh"),
+        (("base: base.yaml", "base: 3"), "base is 3; expected a file"),
+        (("small:\n", "small: 4\n"), "axes.size.small is 4; expected settings"),
+        (("question: Does", "question: [Does"), "not valid YAML"),
+    ],
+)
+def test_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    path = write(tmp_path, STUDY.replace(*change))
+    with pytest.raises(ValueError, match=r"study\.yaml") as caught:
+        read_study(path)
+    assert message in str(caught.value)
+
+
+def test_a_wrong_setting_names_its_run(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, STUDY.replace("model.hidden_size: 64", "model.hidden: 64")))
+    with pytest.raises(ValueError, match=r"run masked_wide_s1: unknown flag --model\.hidden; did"):
+        study.check()
+
+
+def test_plan_writes_the_list_and_the_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    arguments = ["--study", str(path), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["study", "plan", *arguments]) == 0
+    lines = (tmp_path / "out" / "sweep.txt").read_text().splitlines()
+    assert lines[0] == "# small: Does it expand?"
+    assert lines[1].startswith(f"ar_small_s1  --config {tmp_path}/base.yaml --optimizer.lr 0.001 ")
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    study = read_study(path)
+    wanted = 0.0
+    for run, cost in zip(study.runs, plan["runs"], strict=True):
+        config = run.config(tmp_path)
+        tokens = 10 * 4 * 16
+        assert cost["tokens"] == tokens
+        per_token = training_flops_per_token(config.model, config.objective).total
+        assert cost["training_flops"] == pytest.approx(tokens * per_token)
+        wanted += cost["training_flops"]
+    assert plan["gpu_hours"] == pytest.approx(wanted / (0.4 * 989e12) / 3600)
+    assert "--array=0-4" in capsys.readouterr().out
+
+
+def test_epochs_of_a_budget_are_counted(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, STUDY.replace("optimizer.lr: 1.0e-3", "train.steps: null, train.epochs: 3")
+    )
+    arguments = ["--study", str(path), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["study", "plan", *arguments]) == 0
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert {cost["tokens"] for cost in plan["runs"]} == {3 * 1600}
+
+
+def test_gather_is_tidy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path)
+    arguments = ["--study", str(path), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["study", "gather", *arguments]) == 2
+    assert "no run of small has reported anything; run it first" in capsys.readouterr().err
+    folder = tmp_path / "out" / "runs" / "masked_wide_s1"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"num_parameters": 7, "device": "cpu"}))
+    (folder / "metrics.jsonl").write_text(
+        '{"step":1,"split":"train","loss":3.0,"tokens":64}\n'
+        '{"step":2,"split":"valid","nelbo":2.5,"tokens":128}\n'
+        '{"step":3,"split":"val'
+    )
+    write_status(folder, "running", 2)
+    assert cli.main(["study", "gather", *arguments]) == 0
+    header, row = (tmp_path / "out" / "results.csv").read_text().splitlines()
+    assert header == (
+        '"study","run","objective","size","seed","num_parameters","step","split","nelbo","tokens"'
+    )
+    assert row == '"small","masked_wide_s1","masked","wide","s1",7,2,"valid",2.5,128'
+    assert cli.main(["study", "status", *arguments]) == 0
+    assert "1 running" in capsys.readouterr().out
