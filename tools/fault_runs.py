@@ -100,7 +100,7 @@ def settings_of(scenario: Scenario, corpus: Path, directory: Path) -> list[str]:
 
 @dataclass
 class Job:
-    """One start of a run: its ranks, from birth to death."""
+    """A run, and the ranks of its present start."""
 
     scenario: Scenario
     directory: Path
@@ -108,11 +108,10 @@ class Job:
     _children: list[int] = field(default_factory=list)
     _logs: list[Path] = field(default_factory=list)
     _statuses: dict[int, int] = field(default_factory=dict)
-    _started: float = 0.0
 
     def start(self) -> None:
-        """Fork the ranks; they find each other through a port of this machine."""
-        self._started = time.monotonic()
+        """Fork the ranks anew; they find each other through a port of this machine."""
+        self._children, self._logs, self._statuses = [], [], {}
         port = _free_port()
         for rank in range(self.scenario.num_ranks):
             log = self.directory.with_suffix(f".rank{rank}.log")
