@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.commands import PlanConfig, PlanRunConfig
 from megatron_dlm.config.derive import (
     data_parallel_size,
@@ -22,15 +23,13 @@ from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.config.validate import check_layout
 from megatron_dlm.data.corpus import Corpus, TierReport
 from megatron_dlm.models.accounting import (
-    BatchLayout,
     FlopCount,
-    MemoryEstimate,
     ParameterCount,
     count_parameters,
     mean_scored_share,
-    memory_per_rank,
     training_flops_per_token,
 )
+from megatron_dlm.models.accounting_memory import BatchLayout, MemoryEstimate, memory_per_rank
 from megatron_dlm.runtime.files import write_whole
 from megatron_dlm.scaling.plan_data import announced_tokens, data_table, open_training_data
 
@@ -128,7 +127,7 @@ def _length(
         unique_tokens=unique_tokens,
         epochs=None if unique_tokens is None else num_samples / num_windows,
         training_flops=flops.total * tokens,
-        flops_6nd=6.0 * count_parameters(config.model).total * tokens,
+        flops_6nd=6.0 * count_parameters(config.model).active * tokens,
         seconds=tokens / tokens_per_second,
     )
 
@@ -159,8 +158,9 @@ def _print_plan(plan: RunPlan, config: PlanRunConfig) -> None:
     console.print(
         "FLOPs: a multiply-add is 2, backward is twice forward, recomputation is not counted; "
         "bidirectional attention counts every key, twice the causal count; the output layer runs "
-        "on scored slots only. 6ND takes N = all parameters. Memory leaves out the CUDA context, "
-        "communication buffers and fragmentation.",
+        "on scored slots only; experts run on the tokens that are theirs on average. 6ND takes N = "
+        "the parameters that a token meets. Memory leaves out the CUDA context, communication "
+        "buffers, fragmentation and what experts with more than their share of tokens need.",
         style="dim",
         highlight=False,
     )
@@ -175,15 +175,25 @@ def _model_rows(plan: RunPlan, config: PlanRunConfig) -> list[_Row | None]:
     pattern = config.objective.attention.value
     return [
         ("parameters", _short(parameters.total), tied),
+        *_expert_rows(parameters, config.model),
         ("  without embeddings", _short(parameters.non_embedding), ""),
         None,
         ("training FLOPs per token", _short(flops.total), "forward and backward"),
         ("  layers", _short(flops.linear), "projections and MLP"),
         ("  attention", _short(flops.attention), f"{pattern}, {config.model.seq_length} tokens"),
         ("  output layer", _short(flops.output_layer), f"on {plan.scored_share:.0%} of the slots"),
-        ("  6N", _short(6.0 * parameters.total), "for comparison"),
+        ("  6N", _short(6.0 * parameters.active), "for comparison"),
         None,
     ]
+
+
+def _expert_rows(parameters: ParameterCount, model: ModelConfig) -> list[_Row]:
+    moe = model.moe
+    if not moe.is_moe:
+        return []
+    average = " on average" if moe.routing == "expert_choice" else ""
+    note = f"{moe.router_topk} of {moe.num_experts} experts{average}"
+    return [("  active", _short(parameters.active), note)]
 
 
 def _machine_rows(plan: RunPlan, config: PlanRunConfig) -> list[_Row | None]:
@@ -194,13 +204,15 @@ def _machine_rows(plan: RunPlan, config: PlanRunConfig) -> list[_Row | None]:
         f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
         f"CP {parallel.context_parallel_size}, DP {plan.data_parallel_size}"
     )
+    if config.model.moe.is_moe:
+        layout += f", EP {parallel.expert_model_parallel_size}"
     note = f"{verdict}: a {machine.device} has {_gigabytes(capacity)}"
     return [
         ("ranks", str(machine.num_gpus), f"{layout}; {plan.num_micro_batches} micro-batches"),
         ("memory per rank", _gigabytes(memory.total), note),
         ("  weights", _gigabytes(memory.weights), config.train.precision),
-        ("  gradients", _gigabytes(memory.gradients), "fp32"),
-        ("  optimizer", _gigabytes(memory.optimizer), "sharded over DP"),
+        ("  gradients", _gigabytes(memory.gradients), _gradients(config)),
+        ("  optimizer", _gigabytes(memory.optimizer), f"sharded over DP{_offload(config)}"),
         ("  activations", _gigabytes(memory.activations), _recompute(config)),
         ("  logits", _gigabytes(memory.logits), "scored slots of one micro-batch"),
         None,
@@ -234,9 +246,25 @@ def _machine(machine: PlanConfig) -> str:
     return f"{machine.num_gpus} x {machine.device} ({peak})"
 
 
+def _gradients(config: RunConfig) -> str:
+    in_fp32 = config.parallel.grad_reduce_in_fp32 or config.train.precision == "fp32"
+    return "fp32" if in_fp32 else "bf16"
+
+
+def _offload(config: RunConfig) -> str:
+    share = config.parallel.optimizer_cpu_offload_fraction
+    return f"; {share:.0%} on the host" if share else ""
+
+
 def _recompute(config: RunConfig) -> str:
-    granularity = config.model.recompute_granularity
-    return "" if granularity == "none" else f"{granularity} recompute"
+    notes = {
+        "none": "",
+        "full": "full recompute",
+        "selective": f"recompute of {', '.join(config.model.recompute_modules)}",
+    }
+    note = notes[config.model.recompute_granularity]
+    layers = config.parallel.activation_offload_layers
+    return f"{layers} layers on the host" if layers else note
 
 
 def _gpu_hours(length: RunLength, config: PlanRunConfig) -> str:

@@ -24,6 +24,7 @@ def parses(arguments: list[str]) -> bool:
     name, rest = cli.split_command(arguments)
     config_class = cli._load(cli.COMMANDS[name][1])
     flags = [word for word in rest if word not in ("--help", "--print_config")]
+    flags = cli.with_named(name, flags)
     parse(config_class, flags, prog=name)
     return True
 
