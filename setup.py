@@ -30,7 +30,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_namespace_packages(include=["megatron_dlm", "megatron_dlm.*"]),
-    package_data={"megatron_dlm.config.presets": ["*.yaml"]},
+    package_data={
+        "megatron_dlm.config.presets": ["*.yaml"],
+        "megatron_dlm.launch.report.assets": ["*.js", "*.css"],
+    },
     entry_points={
         "console_scripts": ["megatron-dlm = megatron_dlm.cli:main"],
         "lm_eval.models": ["megatron_dlm = megatron_dlm.evaluation.lm_eval_adapter:MegatronDLM"],

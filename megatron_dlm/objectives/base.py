@@ -27,6 +27,8 @@ class LossSums:
     """fp32 [], weighted nats; the only field with a gradient."""
     metrics: dict[str, Tensor]
     """Name -> fp32 [], detached; the keys are the objective's metric_names."""
+    nats: Tensor | None = None
+    """fp32 [n], detached: the unweighted loss of every slot, for the profile over noise levels."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,10 @@ def target_nll(
 
 def weighted_sums(nats: Tensor, rows: ModelInputs) -> LossSums:
     """Sums of nats (fp32 [n]) under the trained and under the true weights of its slots."""
+    detached = nats.detach()
     loss_sum = (nats * rows.weights).sum()
-    bound_sum = (nats.detach() * rows.elbo_weights).sum()
-    return LossSums(loss_sum, {"loss": loss_sum.detach(), "nelbo": bound_sum})
+    bound_sum = (detached * rows.elbo_weights).sum()
+    return LossSums(loss_sum, {"loss": loss_sum.detach(), "nelbo": bound_sum}, detached)
 
 
 def loss_and_bound_counts(inputs: ModelInputs) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from megatron_dlm.objectives.masked import (
     masked_counts,
     masked_loss_sums,
 )
+from megatron_dlm.objectives.noise_profile import ProfiledLoss
 from megatron_dlm.objectives.schedules import Schedule
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import Purpose, Stream, random_bits, uniform
@@ -65,6 +66,7 @@ class BlockObjective:
 
     attention: ClassVar[AttentionPattern] = AttentionPattern.BLOCK
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "nelbo", "masked_share", "masked_nll")
+    profiled: ClassVar[ProfiledLoss] = "nll"
 
     def model_length(self, seq_length: int) -> int:
         return 2 * seq_length
@@ -128,6 +130,11 @@ class BlockObjective:
         if self._is_clipped:
             counts["nelbo"] = torch.zeros_like(counts["nelbo"])
         return counts
+
+    def noised_probability(self, noise_level: Tensor) -> Tensor:
+        if self.weighting == "count":  # its levels are shares already
+            return noise_level
+        return self.schedule.mask_rate(noise_level)
 
     @property
     def _is_clipped(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, cast
 
 from megatron_dlm.config.objective import ObjectiveConfig
@@ -12,6 +13,7 @@ from megatron_dlm.objectives.curricula import TimeCurriculum
 from megatron_dlm.objectives.hybrid import HybridObjective, HybridWeighting
 from megatron_dlm.objectives.masked import MaskedObjective, Weighting
 from megatron_dlm.objectives.noise import noise_path
+from megatron_dlm.objectives.noise_profile import DiffusionObjective, NoiseProfile
 from megatron_dlm.objectives.schedules import build_schedule
 
 
@@ -22,11 +24,13 @@ def build_objective(
     mask_token_id: int | None,
     batch_size: int,
     training: bool,
+    num_noise_buckets: int = 0,
 ) -> Objective:
     """batch_size is the number of consecutive samples over which noise times are stratified.
 
     training=False leaves out what only training wants (input masking, variable length, curricula,
     prompts, noise levels of single tokens, empty tokens) and always stratifies the noise levels.
+    num_noise_buckets: also measure the loss of diffusion in that many ranges of the noise level.
     """
     if config.kind == "autoregressive":
         ratio = config.input_masking_ratio if training else 0.0
@@ -35,11 +39,9 @@ def build_objective(
             mask = _checked_mask_id(mask_token_id, vocab_size, "objective.input_masking_ratio > 0")
         return AutoregressiveObjective(vocab_size, ratio, mask)
     mask = _checked_mask_id(mask_token_id, vocab_size, f"objective.kind {config.kind}")
-    if config.kind == "masked":
-        return _masked(config, vocab_size, mask, batch_size=batch_size, training=training)
-    if config.kind == "hybrid":
-        return _hybrid(config, vocab_size, mask, batch_size=batch_size, training=training)
-    return _block(config, vocab_size, mask, batch_size=batch_size, training=training)
+    build = _DIFFUSION[config.kind]
+    objective = build(config, vocab_size, mask, batch_size=batch_size, training=training)
+    return NoiseProfile(objective, num_noise_buckets) if num_noise_buckets else objective
 
 
 def _masked(
@@ -103,6 +105,13 @@ def _block(
         lowest_mask_rate=config.lowest_mask_rate if training else 0.0,
         highest_mask_rate=config.highest_mask_rate if training else 1.0,
     )
+
+
+_DIFFUSION: dict[str, Callable[..., DiffusionObjective]] = {
+    "masked": _masked,
+    "hybrid": _hybrid,
+    "block": _block,
+}
 
 
 def _check_pad_id(pad: int | None, vocab_size: int, mask: int) -> None:

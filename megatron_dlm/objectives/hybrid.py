@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -24,6 +25,7 @@ from megatron_dlm.objectives.base import (
 from megatron_dlm.objectives.draws import TimeSampling, level_draws
 from megatron_dlm.objectives.empty_tokens import insert_empty_tokens
 from megatron_dlm.objectives.noise import NoiseLevels, NoisePath, TimeNoise
+from megatron_dlm.objectives.noise_profile import ProfiledLoss
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import Purpose, Stream, random_bits, to_uniform, uniform
 from megatron_dlm.ops.mixture_loss import mixture_divergences
@@ -81,6 +83,7 @@ class HybridObjective:
         "itakura_saito",
         "noised_share",
     )
+    profiled: ClassVar[ProfiledLoss] = "nelbo"
 
     @property
     def attention(self) -> AttentionPattern:
@@ -159,23 +162,13 @@ class HybridObjective:
         counts = loss_and_bound_counts(inputs)
         return counts | dict.fromkeys(("kl", "itakura_saito", "noised_share"), counts["nelbo"])
 
-    def _context(self, batch: TokenBatch, seed: int, stream: Stream) -> Tensor:
-        """bool [b, s]: the clean prompts, and the clean tokens of samples to be filled in.
+    def noised_probability(self, noise_level: Tensor) -> Tensor:
+        return torch.sigmoid(-noise_level)
 
-        Their fraction is arccos(1 - 2 r) / pi for a uniform r: often nearly none or nearly all.
-        """
-        slots = slots_like(batch.tokens[:, :-1])
-        index = batch.sample_index[:, None]
-        kind, draw = (
-            uniform(seed, stream, Purpose.SAMPLE_KIND, index, torch.full_like(index, position))
-            for position in (_CONTEXT_KIND, _CONTEXT_FRACTION)
-        )
-        fraction = torch.arccos(1.0 - 2.0 * draw.double()) / math.pi
-        has_prompt = kind < self.prompt_share
-        has_islands = ~has_prompt & (kind < self.prompt_share + self.infilling_share)
-        islands = uniform(seed, stream, Purpose.INFILLING, index, slots[:1]) < fraction
-        prompt = slots < (fraction * slots.shape[1]).floor()
-        return (has_prompt & prompt) | (has_islands & islands)
+    def _context(self, batch: TokenBatch, seed: int, stream: Stream) -> Tensor:
+        length = batch.tokens.shape[1] - 1
+        shares = (self.prompt_share, self.infilling_share)
+        return _context_slots(batch.sample_index, length, seed, stream, shares=shares)
 
     def _draws(self, batch: TokenBatch, context: Tensor, seed: int, stream: Stream) -> Tensor:
         """Uniform numbers behind the noise levels, float64 [b, s]; context is at the clean end."""
@@ -216,6 +209,30 @@ class HybridObjective:
         on_noise = torch.where(noisy == self.mask_token_id, 2.0, 1.0).double()
         weights = torch.where(noisy == clean, on_clean, on_noise)
         return weights.clamp(max=_LARGEST_DYNAMIC_WEIGHT)
+
+
+@lru_cache(maxsize=1)  # the inputs and the mask of a micro-batch ask one after the other
+def _context_slots(
+    sample_index: Tensor, length: int, seed: int, stream: Stream, *, shares: tuple[float, float]
+) -> Tensor:
+    """bool [b, s]: the clean prompts, and the clean tokens of samples to be filled in.
+
+    Their fraction is arccos(1 - 2 r) / pi for a uniform r: often nearly none or nearly all. shares:
+    of samples with a prompt, and of those to be filled in.
+    """
+    prompt_share, infilling_share = shares
+    index = sample_index[:, None]
+    slots = torch.arange(length, device=index.device)[None, :]
+    kind, draw = (
+        uniform(seed, stream, Purpose.SAMPLE_KIND, index, torch.full_like(index, position))
+        for position in (_CONTEXT_KIND, _CONTEXT_FRACTION)
+    )
+    fraction = torch.arccos(1.0 - 2.0 * draw.double()) / math.pi
+    has_prompt = kind < prompt_share
+    has_islands = ~has_prompt & (kind < prompt_share + infilling_share)
+    islands = uniform(seed, stream, Purpose.INFILLING, index, slots) < fraction
+    prompt = slots < (fraction * length).floor()
+    return (has_prompt & prompt) | (has_islands & islands)
 
 
 def bound_weights(

@@ -23,6 +23,7 @@ from megatron_dlm.objectives.base import (
 )
 from megatron_dlm.objectives.curricula import TimeCurriculum, hidden_future
 from megatron_dlm.objectives.draws import TimeSampling, level_draws
+from megatron_dlm.objectives.noise_profile import ProfiledLoss
 from megatron_dlm.objectives.schedules import Schedule
 from megatron_dlm.ops.batch import ModelInputs, TokenBatch
 from megatron_dlm.ops.counter_rng import (
@@ -81,6 +82,7 @@ class MaskedObjective:
     attention_annealing_steps: int = 0
 
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "nelbo", "masked_share", "masked_nll")
+    profiled: ClassVar[ProfiledLoss] = "nll"
 
     @property
     def attention(self) -> AttentionPattern:
@@ -128,7 +130,7 @@ class MaskedObjective:
         if self.attention_annealing_steps == 0:
             return None
         return hidden_future(
-            int(batch.sample_index[0]) // self.batch_size,
+            batch.first_sample // self.batch_size,
             self.attention_annealing_steps,
             batch.tokens.shape[1] - 1,
             seed=seed,
@@ -143,6 +145,11 @@ class MaskedObjective:
 
     def counts(self, inputs: ModelInputs) -> dict[str, Tensor]:
         return masked_counts(inputs)
+
+    def noised_probability(self, noise_level: Tensor) -> Tensor:
+        if self.weighting == "count":  # its levels are shares already
+            return noise_level
+        return self.schedule.mask_rate(noise_level)
 
     def _draw(self, sample_index: Tensor, seed: int, stream: Stream) -> tuple[Tensor, Tensor]:
         """Numbers behind the noise levels, and what their law makes of the bound: float64 [b, 1]"""

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from megatron_dlm.training.log_entry import LogEntry, clock
+from megatron_dlm.training.log_sinks import Sink
 
 
-class ConsoleLog:
+class ConsoleLog(Sink):
     """Progress, losses, speed and the time left, measured from this process's own steps."""
 
     def __init__(
@@ -19,7 +20,7 @@ class ConsoleLog:
     ) -> None:
         """`label` names the run in the live view; the time left counts from `resume_step`."""
         self._total_steps = total_steps
-        self._first_step = resume_step
+        self._first_step = self._last_step = resume_step
         self._started = time.monotonic()
         self._console = console or Console(file=sys.stdout)
         self._validation = ""
@@ -39,6 +40,7 @@ class ConsoleLog:
             self._live.start()
 
     def write(self, entry: LogEntry) -> None:
+        self._last_step = entry.step
         if self._live is None:
             left = f"  left {self._time_left(entry.step)}" if entry.split == "train" else ""
             self.note(entry.line(self._total_steps) + left)
@@ -53,6 +55,11 @@ class ConsoleLog:
         # Not print(): the live bar must be moved out of the way. A line is never wrapped in a file.
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
         self._console.file.flush()
+
+    def rewind(self, step: int) -> None:
+        """Steps taken in vain took their time: the speed counts them, the bar does not."""
+        self._first_step -= self._last_step - step
+        self._last_step = step
 
     def close(self) -> None:
         if self._live is not None:

@@ -121,7 +121,12 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_presets_are_packaged() -> None:
-    text = (ROOT / "setup.py").read_text()
-    assert 'package_data={"megatron_dlm.config.presets": ["*.yaml"]}' in text
-    assert list((PACKAGE / "config" / "presets").glob("*.yaml"))
+def test_files_that_are_no_python_are_packaged(package: dict[str, Any]) -> None:
+    packaged = {
+        path
+        for folder, patterns in package["package_data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*folder.split(".")).glob(pattern)
+    }
+    found = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert packaged == {path for path in found if path.suffix != ".py"}

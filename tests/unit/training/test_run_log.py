@@ -11,6 +11,7 @@ from rich.console import Console
 
 from megatron_dlm.config.schema import LoggingConfig
 from megatron_dlm.training.console import ConsoleLog
+from megatron_dlm.training.histogram import EDGES, Histogram
 from megatron_dlm.training.log_entry import LogEntry, clock
 from megatron_dlm.training.log_sinks import MetricsFile
 from megatron_dlm.training.run_log import open_run_log
@@ -34,7 +35,7 @@ def test_every_entry_is_on_disk_at_once(tmp_path, capsys):
         {"step": 1, "split": "valid", "nelbo": 3.0},
     ]
     text = (tmp_path / "train.log").read_text().splitlines()
-    assert len(text) == 3
+    text = text[-3:]  # the first lines say where to look
     assert text[0].endswith(
         "train step 1/10  loss 2.5000  nelbo 2.2500  lr 1.00e-03  tokens/s 12,346"
     )
@@ -92,7 +93,9 @@ def test_a_half_written_last_line_is_dropped(tmp_path, torn):
     assert [entry["step"] for entry in read(path)] == [1, 2]
 
 
-@pytest.mark.parametrize("bad", ["what is this", "[1]", '{"split":"train"}'])
+@pytest.mark.parametrize(
+    "bad", ["what is this", "[1]", '{"split":"train"}', '{"step":null}', '{"step":"2"}']
+)
 def test_a_foreign_line_is_refused_and_kept(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"
     text = f'{{"step":1}}\n{bad}\n{{"step":2}}\n'
@@ -106,7 +109,11 @@ def test_train_log_grows_over_sessions(tmp_path):
     for session in range(2):
         with open_run_log(tmp_path, PLAIN, is_main=True, total_steps=10) as log:
             log.note(f"session {session}")
-    assert len((tmp_path / "train.log").read_text().splitlines()) == 2
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split("  ")[1] for line in lines if "session" in line] == [
+        "session 0",
+        "session 1",
+    ]
 
 
 def test_tensorboard_holds_the_scalars(tmp_path):
@@ -118,6 +125,96 @@ def test_tensorboard_holds_the_scalars(tmp_path):
     events.Reload()
     (event,) = events.Scalars("train/loss")
     assert (event.step, event.value) == (3, 1.5)
+
+
+def board_of(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"histograms": 0})
+    board.Reload()
+    return board
+
+
+def test_tensorboard_shows_the_configuration(tmp_path):
+    config = {"model": {"num_layers": 3}, "train": {"output_dir": "naïve"}}
+    open_run_log(tmp_path, LoggingConfig(), is_main=True, total_steps=1, config=config).close()
+    (text,) = board_of(tmp_path).Tensors("config/text_summary")
+    shown = text.tensor_proto.string_val[0].decode()
+    assert shown == "    model:\n      num_layers: 3\n    train:\n      output_dir: naïve"
+
+
+def test_tensorboard_shows_histograms(tmp_path):
+    counts = [0.0] * (len(EDGES) + 1)
+    first = EDGES.index(0.1)
+    counts[first : first + 3] = [4.0, 0.0, 2.0]
+    found = {
+        "gradient/w": Histogram(0.75, 0.25, counts),
+        "gradient/none": Histogram(0, 0, [0] * 91),
+    }
+    with open_run_log(tmp_path, LoggingConfig(), is_main=True, total_steps=9) as log:
+        log.histograms(7, found)
+    board = board_of(tmp_path)
+    (event,) = board.Histograms("gradient/w")
+    value = event.histogram_value
+    assert (event.step, value.num, value.sum, value.sum_squares) == (7, 6.0, 0.75, 0.25)
+    assert value.bucket_limit == list(EDGES[first : first + 3])
+    assert value.bucket == [4.0, 0.0, 2.0]
+    assert (value.min, value.max) == (EDGES[first - 1], EDGES[first + 2])
+    assert "gradient/none" not in board.Tags()["histograms"]
+
+
+def test_values_beyond_all_edges_have_a_place(tmp_path):
+    counts = [1.0, *[0.0] * (len(EDGES) - 1), 1.0]
+    with open_run_log(tmp_path, LoggingConfig(), is_main=True, total_steps=9) as log:
+        log.histograms(1, {"w": Histogram(0.0, 1e9, counts)})
+    value = board_of(tmp_path).Histograms("w")[0].histogram_value
+    assert (value.min, value.max, value.num) == (EDGES[0], EDGES[-1], 2.0)
+    assert len(value.bucket) == len(EDGES) + 1
+
+
+def test_a_run_that_goes_back_repeats_nothing(tmp_path):
+    with open_run_log(tmp_path, LoggingConfig(), is_main=True, total_steps=9) as log:
+        for step in (1, 2, 3):
+            log.log(step, "train", {"loss": float(step)})
+        log.rewind(1)
+        log.log(2, "train", {"loss": 20.0})
+    assert [(entry["step"], entry["loss"]) for entry in read(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 20.0),
+    ]
+    events = board_of(tmp_path).Scalars("train/loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 20.0)]
+
+
+def test_it_says_where_to_look_first_and_last(tmp_path, capsys):
+    run = tmp_path / "my run"
+    run.mkdir()
+    with open_run_log(run, LoggingConfig(), is_main=True, total_steps=9) as log:
+        log.note("in between")
+    first, second, middle, *last = capsys.readouterr().out.splitlines()
+    assert first == f"run directory: '{run}'  curves: tensorboard --logdir '{run}'/tensorboard"
+    assert second == f"report of the run: megatron-dlm report '{run}'"
+    assert (middle, last) == ("in between", [first, second])
+    (tmp_path / "plain").mkdir()
+    open_run_log(tmp_path / "plain", PLAIN, is_main=True, total_steps=9).close()
+    assert "tensorboard" not in capsys.readouterr().out
+
+
+def test_starts_are_events(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    open_run_log(tmp_path, PLAIN, is_main=True, total_steps=9).close()
+    with open_run_log(tmp_path, PLAIN, is_main=True, total_steps=9, resume_step=4) as log:
+        log.events.write("save", step=5)
+        assert not log.events.has_end
+        log.events.write("end", step=5, state="preempted")
+        assert log.events.has_end
+    start, resume, save, end = read(tmp_path / "events.jsonl")
+    assert (start["kind"], start["step"], start["total_steps"]) == ("start", 0, 9)
+    assert (resume["kind"], resume["step"]) == ("resume", 4)
+    assert (resume["slurm_job_id"], resume["slurm_restart_count"]) == ("77", "2")
+    assert (save["kind"], save["step"]) == ("save", 5)
+    assert (end["kind"], end["state"]) == ("end", "preempted")
 
 
 def test_missing_wandb_is_named_with_its_remedy(tmp_path, monkeypatch):
@@ -169,9 +266,19 @@ def test_a_terminal_gets_a_live_bar():
     log.write(LogEntry(50, "valid", {"nelbo": 3.125}))
     log.write(LogEntry(60, "train", VALUES))
     log.note("saved [x]")
+    log.rewind(45)
+    log.write(LogEntry(46, "train", VALUES))
     log.close()
     shown = screen.getvalue()
-    for part in ("tiny", "60/100", "nelbo 2.250", "valid 3.125", "12,346 tok/s", "left 0:"):
+    for part in (
+        "tiny",
+        "60/100",
+        "46/100",
+        "nelbo 2.250",
+        "valid 3.125",
+        "12,346 tok/s",
+        "left 0:",
+    ):
         assert part in shown
     assert "saved [x]" in shown
 
