@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,13 +80,10 @@ class MoEConfig:
         return self.num_experts > 0
 
     def _refuse_settings_of_dense(self) -> None:
-        default = type(self).__dataclass_fields__
-        for name, item in default.items():
+        for name in type(self).__dataclass_fields__:
             value = getattr(self, name)
-            factory = item.default_factory
-            wanted = factory() if callable(factory) else item.default
             require(
-                value == wanted,
+                value == _default(name),
                 f"model.moe.{name} is {value}, but model.moe.num_experts is 0 (a dense model); "
                 "set model.moe.num_experts or remove it",
             )
@@ -124,7 +122,76 @@ class MoEConfig:
 
     def _check_routing(self) -> None:
         """Each kind of routing has settings that the other would silently ignore."""
+        foreign = _OF_TOKEN_CHOICE if self.routing == "expert_choice" else _OF_EXPERT_CHOICE
+        for name in foreign:
+            self._require_default(name, f"model.moe.routing {self.routing} has no use for it")
+        for name in ("drop_policy", "pad_to_capacity"):
+            if self.capacity_factor is None:
+                self._require_default(name, "it needs model.moe.capacity_factor")
+        if not self.expert_bias:
+            self._require_default("expert_bias_update_rate", "it needs model.moe.expert_bias")
+        self._check_scores()
+        self._check_capacity()
+        self._check_count_scales()
 
+    def _require_default(self, name: str, reason: str) -> None:
+        value = getattr(self, name)
+        require(value == _default(name), f"model.moe.{name} is {value}, but {reason}; remove it")
+
+    def _check_scores(self) -> None:
+        is_sigmoid = self.score_function == "sigmoid"
+        require(
+            is_sigmoid or not self.expert_bias,
+            "model.moe.expert_bias needs model.moe.score_function sigmoid: the bias is added to "
+            "scores that do not add up to 1",
+        )
+        require(
+            not (is_sigmoid and self.pre_softmax),
+            "model.moe.pre_softmax has no meaning with model.moe.score_function sigmoid; remove it",
+        )
+        is_constant = self.routing == "token_choice" and self.router_topk == 1
+        require(
+            not is_constant or is_sigmoid or self.pre_softmax,
+            "model.moe.router_topk is 1: a softmax over one chosen expert is always 1, and the "
+            "router would never learn; set model.moe.pre_softmax true or use score_function "
+            "sigmoid",
+        )
+
+    def _check_capacity(self) -> None:
+        factor, largest = self.capacity_factor, self.num_experts / self.router_topk
+        require(
+            factor is None or 0 < factor <= largest,
+            f"model.moe.capacity_factor is {factor}; it must lie in (0, {largest:g}]: with "
+            "num_experts / router_topk an expert has room for every token, remove it to drop none",
+        )
+
+    def _check_count_scales(self) -> None:
+        scales = self.count_scales
+        require(
+            not scales or len(scales) == self.num_experts + 1,
+            f"model.moe.count_scales has {len(scales)} numbers; give num_experts + 1 = "
+            f"{self.num_experts + 1}, for tokens that 0, 1, ... {self.num_experts} experts chose",
+        )
+        for scale in scales:
+            require(
+                math.isfinite(scale) and scale >= 0,
+                f"model.moe.count_scales has {scale}; its numbers must be finite and at least 0",
+            )
+
+
+def _default(name: str) -> object:
+    item = MoEConfig.__dataclass_fields__[name]
+    return item.default_factory() if callable(item.default_factory) else item.default
+
+
+_OF_TOKEN_CHOICE = (
+    "aux_loss_coeff",
+    "seq_aux_loss_coeff",
+    "global_aux_loss_coeff",
+    "expert_bias",
+    "capacity_factor",
+)
+_OF_EXPERT_CHOICE = ("choice_scope", "token_balance_loss_coeff", "count_scales")
 
 WEIGHT_FIELDS = (
     "num_experts",

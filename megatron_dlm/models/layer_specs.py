@@ -8,7 +8,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -22,6 +22,7 @@ from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
 from megatron_dlm.models.attention import AttentionOptions, CoreAttention
 from megatron_dlm.models.branches import UnbiasedSelfAttention, scaled_addition
+from megatron_dlm.models.moe import adapt_moe_layer
 from megatron_dlm.models.norms import FullWidthRMSNorm, RMSNorm
 
 _MASK_TYPES = {
@@ -76,10 +77,13 @@ def _layer(
     else:
         layer = _local_layer(config, num_experts)
     parts = layer.submodules
+    if has_experts:
+        adapt_moe_layer(layer, model.moe)
     attention = parts.self_attention
     attention.params["attn_mask_type"] = _MASK_TYPES[objective.attention]
     options = _attention_options(model, objective)
-    if not (has_engine and options.is_fused):
+    is_ours = config.attention_backend is AttnBackend.local
+    if not (has_engine and options.is_fused) or is_ours:
         attention.submodules.core_attention = partial(CoreAttention, options=options)
     if model.qk_layernorm and model.qk_layernorm_scope == "full":
         _normalise_full_width(attention, model, tp_group)
@@ -96,6 +100,9 @@ def _local_layer(config: TransformerConfig, num_experts: int | None) -> ModuleSp
     )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    if num_experts is not None:
+        # No matrix behind this norm is its own; Transformer Engine keeps it by this name too.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.submodules.self_attention.submodules
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm

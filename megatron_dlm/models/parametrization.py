@@ -35,7 +35,7 @@ class ParameterKind(Enum):
     OUTPUT_LAYER = r"(^|\.)output_layer\.weight$"
     NORM = r"norm[._]weight$"
     """Gains, also those that Transformer Engine keeps beside the matrix behind the norm."""
-    BIAS = r"\.(bias|sink_key|sink_value)$"
+    BIAS = r"\.(bias\d*|expert_bias|sink_key|sink_value)$"
     """Biases, and the key and value that every head sees besides those of the tokens."""
 
 
@@ -137,9 +137,28 @@ def _fill_normal(tensor: Tensor, shard: ShardedTensor, *, std: float, seed: int)
     for place, size in zip(stacked, shard.global_shape, strict=False):  # layer, then expert
         stack = stack * size + place
     row_start += stack * shard.global_shape[-2]
-    key = int.from_bytes(hashlib.sha256(shard.key.encode()).digest()[:4], "big")
-    rows, columns = tensor.shape
-    index = torch.arange(row_start, row_start + rows, device=tensor.device)
-    position = torch.arange(column_start, column_start + columns, device=tensor.device)
+    start = (row_start, column_start)
+    shape = (tensor.shape[0], tensor.shape[1])
+    device = tensor.device
+    tensor.copy_(initial_values(shard.key, shape, std=std, seed=seed, start=start, device=device))
+
+
+def initial_values(
+    name: str,
+    shape: tuple[int, int],
+    *,
+    std: float,
+    seed: int,
+    start: tuple[int, int] = (0, 0),
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """fp32 N(0, std) of `shape`: the part of parameter `name` that begins at row, column `start`.
+
+    Rows of stacked layers and experts count on from one to the next.
+    """
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    (rows, columns), (row_start, column_start) = shape, start
+    index = torch.arange(row_start, row_start + rows, device=device)
+    position = torch.arange(column_start, column_start + columns, device=device)
     values = normal(seed, Stream.INITIALIZATION, key, index[:, None], position[None, :])
-    tensor.copy_(values.mul_(std))
+    return values.mul_(std)

@@ -147,12 +147,18 @@ def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
 
 
 def _adapt_experts() -> None:
-    """Routing without Transformer Engine's GEMM, and split sizes that gloo accepts: numbers."""
+    """Routing without Transformer Engine's GEMM, and split sizes that gloo accepts: numbers, and
+    equal ones where ranks share an expert."""
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     if not hasattr(moe_utils, "te_general_gemm"):  # the name is bound only where TE is installed
         moe_utils.te_general_gemm = None
     token_dispatcher.MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _split_sizes_on_host
+    mappings._gather_along_first_dim = _gather_of_any_sizes(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _reduce_scatter_of_any_sizes(
+        mappings._reduce_scatter_along_first_dim
+    )
 
 
 def _split_sizes_on_host(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
@@ -163,6 +169,46 @@ def _split_sizes_on_host(dispatcher: Any, point: str, tokens_per_expert: Any = N
             if torch.is_tensor(sizes):
                 setattr(dispatcher, name, sizes.numpy())
     return tokens_per_expert
+
+
+def _gather_of_any_sizes(equal: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """gloo gathers equal sizes only: pad to the largest, then cut."""
+
+    def gather(
+        input_: torch.Tensor,
+        group: Any,
+        output_split_sizes: Sequence[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return equal(input_, group, None, use_global_buffer)
+        largest = max(output_split_sizes)
+        padded = input_.new_zeros((largest, *input_.shape[1:]))
+        padded[: input_.shape[0]] = input_
+        whole = equal(padded, group).split(largest)
+        return torch.cat(
+            [part[:size] for part, size in zip(whole, output_split_sizes, strict=True)]
+        )
+
+    return gather
+
+
+def _reduce_scatter_of_any_sizes(equal: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """gloo scatters equal sizes only: sum everything everywhere, then keep the own part."""
+
+    def reduce_scatter(
+        input_: torch.Tensor,
+        group: Any,
+        input_split_sizes: Sequence[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return equal(input_, group, None, use_global_buffer)
+        total = input_.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(list(input_split_sizes))[group.rank()].contiguous()
+
+    return reduce_scatter
 
 
 def _skip_collectives_with_oneself() -> None:

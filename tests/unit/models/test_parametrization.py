@@ -12,6 +12,7 @@ from megatron_dlm.models.parametrization import (
     ParameterKind,
     UpdateSettings,
     initial_std,
+    initial_values,
     kind_of,
     update_settings,
 )
@@ -21,6 +22,14 @@ NAMES = {
     "decoder.layers.self_attention.linear_proj.weight": ParameterKind.BULK,
     "decoder.layers.mlp.linear_fc1.weight": ParameterKind.BULK,
     "module.decoder.layers.3.mlp.linear_fc2.weight": ParameterKind.BULK,
+    "module.decoder.layers.3.mlp.experts.local_experts.1.linear_fc1.weight": ParameterKind.BULK,
+    "module.decoder.layers.3.mlp.experts.linear_fc2.weight7": ParameterKind.BULK,
+    "decoder.layers.3.mlp.experts.experts.linear_fc2.weight": ParameterKind.BULK,
+    "decoder.layers.3.mlp.shared_experts.linear_fc1.weight": ParameterKind.BULK,
+    "decoder.layers.3.mlp.router.weight": ParameterKind.ROUTER,
+    "decoder.layers.3.mlp.shared_experts.gate_weight": ParameterKind.ROUTER,
+    "decoder.layers.3.mlp.router.expert_bias": ParameterKind.BIAS,
+    "decoder.layers.3.pre_mlp_layernorm.weight": ParameterKind.NORM,
     "embedding.word_embeddings.weight": ParameterKind.EMBEDDING,
     "module.embedding.word_embeddings.weight": ParameterKind.EMBEDDING,
     "output_layer.weight": ParameterKind.OUTPUT_LAYER,
@@ -42,7 +51,7 @@ def test_kind(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["decoder.layers.mlp.router.weight", "weight", "embedding.position_embeddings.weight"]
+    "name", ["decoder.layers.mlp.latent.weight", "weight", "embedding.position_embeddings.weight"]
 )
 def test_unknown_parameters_are_refused(name: str) -> None:
     with pytest.raises(AssertionError, match="say in ParameterKind how it learns"):
@@ -52,6 +61,7 @@ def test_unknown_parameters_are_refused(name: str) -> None:
 # d = 256, L = 8: eta / d, weight decay * d, 1e-8 / (d L) = 4.8828125e-12.
 COMPLETEP = {
     ParameterKind.BULK: UpdateSettings(0.00390625, 256.0, 4.8828125e-12),
+    ParameterKind.ROUTER: UpdateSettings(0.02, 0.0, 4.8828125e-12),
     ParameterKind.EMBEDDING: UpdateSettings(0.02, 0.0, 4.8828125e-12),
     ParameterKind.OUTPUT_LAYER: UpdateSettings(0.02, 0.0, 4.8828125e-12),
     ParameterKind.NORM: UpdateSettings(0.02, 0.0, 4.8828125e-12),
@@ -59,6 +69,7 @@ COMPLETEP = {
 }
 STANDARD = {
     ParameterKind.BULK: UpdateSettings(1.0, 1.0, 1e-8),
+    ParameterKind.ROUTER: UpdateSettings(1.0, 1.0, 1e-8),
     ParameterKind.EMBEDDING: UpdateSettings(1.0, 1.0, 1e-8),
     ParameterKind.OUTPUT_LAYER: UpdateSettings(1.0, 1.0, 1e-8),
     ParameterKind.NORM: UpdateSettings(1.0, 0.0, 1e-8),
@@ -85,6 +96,9 @@ def test_initial_std() -> None:
         ("decoder.layers.mlp.linear_fc1.weight", 0.02, 0.025),
         ("decoder.layers.self_attention.linear_proj.weight", 0.02 / 4, 0.025),  # / sqrt(2 * 8)
         ("decoder.layers.mlp.linear_fc2.weight", 0.02 / 4, 0.025),
+        ("decoder.layers.3.mlp.experts.experts.linear_fc2.weight", 0.02 / 4, 0.025),
+        ("decoder.layers.3.mlp.router.weight", 0.02, 0.02),
+        ("decoder.layers.3.mlp.router.expert_bias", 0.0, 0.0),
         ("embedding.word_embeddings.weight", 0.02, 0.02),
         ("output_layer.weight", 0.0, 0.0),
         ("decoder.final_layernorm.weight", 0.0, 0.0),
@@ -95,3 +109,10 @@ def test_initial_std() -> None:
         assert math.isclose(initial_std(name, model, completep), scaled), name
     default = ModelConfig(untie_embeddings_and_output_weights=True)
     assert initial_std("output_layer.weight", default, completep) == 0.02
+
+
+def test_a_part_of_a_parameter_is_the_part_of_the_whole() -> None:
+    whole = initial_values("some.weight", (6, 5), std=0.5, seed=3)
+    part = initial_values("some.weight", (2, 3), std=0.5, seed=3, start=(4, 1))
+    assert part.equal(whole[4:6, 1:4])
+    assert not part.equal(initial_values("another.weight", (2, 3), std=0.5, seed=3, start=(4, 1)))
