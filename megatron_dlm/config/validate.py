@@ -8,6 +8,9 @@ from megatron_dlm.config.objective import AttentionPattern
 from megatron_dlm.config.optimizer import check_completep
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.config.tokenizer_metadata import read_tokenizer_metadata
+from megatron_dlm.config.validate_context import check_context
+from megatron_dlm.config.validate_kernels import check_kernels
+from megatron_dlm.config.validate_moe import check_moe
 
 
 def prepare(config: RunConfig) -> RunConfig:
@@ -20,6 +23,7 @@ def prepare(config: RunConfig) -> RunConfig:
 def check(config: RunConfig, world_size: int) -> None:
     """Refuse what cannot train: a resolved configuration on `world_size` ranks."""
     check_layout(config, world_size)
+    check_kernels(config)
     check_tokens(config)
     _check_attention(config)
     check_completep(config.optimizer, config.model)
@@ -62,7 +66,9 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         f"parallel.tensor_model_parallel_size {tensor_size}; make "
         f"model.make_vocab_size_divisible_by {model.make_vocab_size_divisible_by} a multiple of it",
     )
+    check_context(config)
     _check_pipeline(config, micro_batches)
+    check_moe(config, world_size)
     _check_implementation(config)
 
 

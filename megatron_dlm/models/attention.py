@@ -28,6 +28,12 @@ from megatron_dlm.models.dense_attention import dense_attention
 from megatron_dlm.models.flexible_attention import flexible_attention
 from megatron_dlm.models.head_sharding import sharded_by_heads
 from megatron_dlm.models.packed import PackedDocuments
+from megatron_dlm.ops.context_parallel import (
+    gather_sequence,
+    heads_for_slots,
+    local_slots,
+    slots_for_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,9 @@ class CoreAttention(MegatronModule):
     Dense attention serves every case and every device: PyTorch's scaled_dot_product_attention, or
     an explicit fp32 softmax where scores are capped. On a GPU, flex attention takes over what has a
     mask, blocks, a cap or a sink; it knows no dropout, so dropout keeps the dense one.
+
+    Where ranks share the sequence (context parallelism), a rank either fetches the keys and values
+    of all slots for its own queries, or trades its slots for some heads of the whole sequence.
     """
 
     def __init__(
@@ -66,17 +75,19 @@ class CoreAttention(MegatronModule):
         pg_collection: ProcessGroupCollection,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
         **_: object,
     ) -> None:
+        """cp_comm_type: a2a trades slots for heads, everything else fetches keys and values."""
         super().__init__(config=config)
         assert attention_type == "self", attention_type
-        assert config.context_parallel_size == 1, "keys of other ranks are not fetched"
         self.options = options
         head_size = config.kv_channels
         self.softmax_scale = head_size**-0.5 if softmax_scale is None else softmax_scale
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.dropout_probability = dropout
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        self.trades_slots_for_heads = cp_comm_type == "a2a"
         if options.has_sink:
             shape = (config.num_query_groups // self.tp_group.size(), head_size)
             self.sink_key = _sink(shape, config.params_dtype)
@@ -93,19 +104,36 @@ class CoreAttention(MegatronModule):
     ) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
 
-        attention_mask: bool [b or 1, 1, s, s], True hides a key; for ARBITRARY only. Packed
-        documents have no batch dimension: query [t, heads, d] -> [t, heads * d]. Each of them
-        attends to itself alone, at the cost of the sum of their squared lengths.
+        Of this rank's slots, s of S. attention_mask: bool [b or 1, 1, S, S], True hides a key; for
+        ARBITRARY only. Packed documents are one row: query [t, heads, d] -> [t, heads * d] where
+        one rank holds them all (`thd`), else b = 1. Each of them attends to itself alone, on the
+        CPU at the cost of the sum of their squared lengths unless keys are fetched from other ranks
+        (then the square of all).
         """
         is_arbitrary = self.options.pattern is AttentionPattern.ARBITRARY
         assert attention_mask is None or is_arbitrary, "the pattern is fixed by the layer spec"
-        if packed_seq_params is not None:
-            assert self.options.pattern in (AttentionPattern.CAUSAL, AttentionPattern.BIDIRECTIONAL)
-            return self._attend_inside(query, key, value, packed_seq_params)
-        return self._attend(query, key, value, self._rule(query.shape[0], attention_mask))
+        if query.dim() == 3:
+            query, key, value = (part.unsqueeze(1) for part in (query, key, value))
+            return self._attend_whole(query, key, value, None, packed_seq_params).squeeze(1)
+        if self.cp_group.size() == 1:
+            return self._attend_whole(query, key, value, attention_mask, packed_seq_params)
+        if self.trades_slots_for_heads:
+            query, key, value = slots_for_heads((query, key, value), self.cp_group)
+            output = self._attend_whole(query, key, value, attention_mask, packed_seq_params)
+            return heads_for_slots(output, self.cp_group)
+        key, value = gather_sequence(key, value, self.cp_group)
+        rule = self._rule(key.shape[0], attention_mask, packed_seq_params)
+        rank, size = self.cp_group.rank(), self.cp_group.size()
+        places = local_slots(key.shape[0], query.device, rank=rank, size=size)
+        return self._attend(query, key, value, rule, places=places)
 
-    def _rule(self, length: int, attention_mask: Tensor | None) -> Visibility | None:
+    def _rule(
+        self, length: int, attention_mask: Tensor | None, packed: PackedDocuments | None
+    ) -> Visibility | None:
+        """Of a whole sequence."""
         pattern = self.options.pattern
+        if packed is not None:
+            return Documents(packed.document_numbers, self._is_causal_inside())
         if pattern is AttentionPattern.CAUSAL:
             return Causal()
         if pattern is AttentionPattern.BLOCK:
@@ -114,27 +142,49 @@ class CoreAttention(MegatronModule):
             return BlockDiffusion(length // 2, self.options.block_size)
         return None if attention_mask is None else Hidden(attention_mask)
 
-    def _attend_inside(
-        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments
-    ) -> Tensor:
-        """[t, heads or groups, d] -> [t, heads * d]."""
+    def _is_causal_inside(self) -> bool:
         is_causal = self.options.pattern is AttentionPattern.CAUSAL
-        query, key, value = (part.unsqueeze(1) for part in (query, key, value))
-        if self._is_flexible(query):  # one by one they would be compiled for every length
-            inside = Documents(packed.document_numbers, is_causal)
-            return self._attend(query, key, value, inside).squeeze(1)
+        assert is_causal or self.options.pattern is AttentionPattern.BIDIRECTIONAL
+        return is_causal
+
+    def _attend_whole(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed: PackedDocuments | None,
+    ) -> Tensor:
+        """Of all slots: [S, b, heads or groups, d] -> [S, b, heads * d]."""
+        # One by one, flex attention would be compiled for every length of a document.
+        if packed is None or self._is_flexible(query):
+            rule = self._rule(query.shape[0], attention_mask, packed)
+            return self._attend(query, key, value, rule)
         # split, not slices: its backward pass writes the gradient of the whole only once.
         parts = (part.split(packed.lengths) for part in (query, key, value))
-        rule = Causal() if is_causal else None
-        outputs = [self._attend(q, k, v, rule) for q, k, v in zip(*parts, strict=True)]
-        return torch.cat(outputs).squeeze(1)
+        inside = Causal() if self._is_causal_inside() else None
+        outputs = [self._attend(q, k, v, inside) for q, k, v in zip(*parts, strict=True)]
+        return torch.cat(outputs)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, rule: Visibility | None) -> Tensor:
-        """[s, b, heads or groups, d] -> [s, b, heads * d]."""
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rule: Visibility | None,
+        *,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """query [q, b, heads, d], key and value [k, b, groups, d] -> [q, b, heads * d].
+
+        places: see `dense_attention`.
+        """
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
         attend = flexible_attention
         dropout = self._dropout()
-        if not self._is_flexible(query):
+        # The fast kernels know causal attention of equally many queries and keys only.
+        is_masked = rule is not None and places is not None
+        if not self._is_flexible(query, is_masked=is_masked):
             attend = partial(dense_attention, dropout=dropout)
         with self._dropout_state(dropout):
             output = attend(
@@ -143,13 +193,21 @@ class CoreAttention(MegatronModule):
                 value,
                 rule,
                 scale=self.softmax_scale,
+                places=places,
                 soft_cap=self.options.soft_cap,
-                sink=(self.sink_key, self.sink_value) if self.options.has_sink else None,
+                sink=self._sink_of(key.shape[1]) if self.options.has_sink else None,
             )
         return output.permute(2, 0, 1, 3).flatten(2)  # from [b, heads, s, d]
 
-    def _is_flexible(self, query: Tensor) -> bool:
-        return query.is_cuda and not self.options.is_fused and self._dropout() == 0.0
+    def _sink_of(self, num_groups: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [groups, d] of the sinks of the groups at hand, which may be a share."""
+        share = self.cp_group.rank() if num_groups < len(self.sink_key) else 0
+        own = slice(share * num_groups, (share + 1) * num_groups)
+        return self.sink_key[own], self.sink_value[own]
+
+    def _is_flexible(self, query: Tensor, *, is_masked: bool = False) -> bool:
+        needs_mask = is_masked or not self.options.is_fused
+        return query.is_cuda and needs_mask and self._dropout() == 0.0
 
     def _dropout(self) -> float:
         return self.dropout_probability if self.training else 0.0

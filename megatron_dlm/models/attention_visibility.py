@@ -81,14 +81,23 @@ class Documents:
 Visibility = Causal | BlockDiffusion | Hidden | Documents
 
 
-def visible_keys(rule: Visibility, length: int, device: torch.device) -> Tensor:
-    """bool [b or 1, 1, s, s], True where the query (third axis) sees the key (last axis)."""
+def visible_keys(
+    rule: Visibility, queries: Tensor | None, num_keys: int, device: torch.device
+) -> Tensor:
+    """bool [b or 1, 1, queries, keys], True where the query sees the key.
+
+    queries: int64 [q], the places of the queries among the keys; None: every key has its query.
+    """
     if isinstance(rule, Hidden):
-        return ~rule.mask
-    return _visible_keys(rule, length, device)
+        mask = rule.mask if queries is None else rule.mask[:, :, queries]
+        return ~mask
+    return _visible_keys(rule, queries, num_keys, device)
 
 
 @lru_cache(maxsize=8)  # the layers of a model, and its few lengths, share them
-def _visible_keys(rule: Visibility, length: int, device: torch.device) -> Tensor:
-    slots = torch.arange(length, device=device)
-    return rule.visible(torch.zeros_like(slots[:1]), slots[:, None], slots[None, :])[None, None]
+def _visible_keys(
+    rule: Visibility, queries: Tensor | None, num_keys: int, device: torch.device
+) -> Tensor:
+    keys = torch.arange(num_keys, device=device)
+    queries = keys if queries is None else queries
+    return rule.visible(torch.zeros_like(keys[:1]), queries[:, None], keys[None, :])[None, None]

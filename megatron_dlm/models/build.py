@@ -4,40 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.config.fp8 import Fp8Config
 from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.models.layer_specs import block_spec
 from megatron_dlm.models.packed import PackedDocuments
 from megatron_dlm.models.parametrization import initialize_weights
-from megatron_dlm.models.rotary import TwofoldRotary
+from megatron_dlm.models.rotary import LocalRotary
 from megatron_dlm.models.transformer_config import transformer_config
 from megatron_dlm.runtime.device import Device
 from megatron_dlm.runtime.parallel import ParallelContext
 
 _STANDARD = OptimizerConfig()
 
-HeadLoss = Callable[[nn.Module, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""Output layer, hidden states [n, h] of the scored slots, weight (None: the layer's) -> the sums of
-`chunked_loss`."""
+HeadLoss = Callable[[nn.Module, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
+"""Output layer, hidden states [n, h] of the scored slots, weight (None: the layer's), flat indices
+int64 [n] of these slots -> the sums of `chunked_loss`."""
 
 
 class LanguageModel(GPTModel):
     """GPTModel whose output layer runs only on the slots that are scored."""
+
+    rotary_pos_emb: LocalRotary
 
     def __init__(
         self, *, attention: AttentionPattern, output_multiplier: float, **arguments: object
     ) -> None:
         super().__init__(**arguments)
         self.output_multiplier = output_multiplier
-        if attention is AttentionPattern.BLOCK:
-            self.rotary_pos_emb: nn.Module = TwofoldRotary(self.rotary_pos_emb)
+        is_twofold = attention is AttentionPattern.BLOCK
+        self.rotary_pos_emb = LocalRotary(self.rotary_pos_emb, self.cp_group, is_twofold=is_twofold)
         if self.post_process and self.output_layer.sequence_parallel:
             # The slots are chosen from whole sequences: we gather, and the gather's backward pass
             # already sums the input gradients over the TP ranks.
@@ -56,20 +60,26 @@ class LanguageModel(GPTModel):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """One pass of this chunk.
 
-        tokens, position_ids: int64 [b, s] (None behind the first stage); where attention is BLOCK,
-        s is 2S: noisy, then clean slots, both at positions 0 to S-1. scored: bool [b, s], read by
-        the last stage only; None scores every slot. packed: the documents of the micro-batch,
-        given to every stage; attention stays inside each of them, and the rows run as one sequence
-        [1, b * s]. attention_mask: bool [b or 1, 1, s, s], True hides a key; given to every stage
-        of a model whose attention is ARBITRARY. Returns logits [n, V/tp] of the n scored slots in
+        tokens, position_ids: int64 [b, s] of this rank's slots, s of S (None behind the first
+        stage); where attention is BLOCK, S is twice the text: noisy, then clean slots, both at the
+        same positions. scored: bool [b, s], read by the last stage only; None scores every slot.
+        packed: the documents of the micro-batch, given to every stage; attention stays inside each
+        of them, and the rows run as one sequence [1, b * S]: ranks that share it give fields of
+        [1, s]. attention_mask: bool [b or 1, 1, S, S], True hides a key; given to every stage of a
+        model whose attention is ARBITRARY. Returns logits [n, V/tp] of the n scored slots in
         row-major [b, s] order, with `loss` its sums instead (see `chunked_loss`), and before the
         last stage hidden states [s, b, h] ([b * s, 1, h] when packed).
         """
         if packed is not None:
             tokens, position_ids, scored = map(_one_row, (tokens, position_ids, scored))
+        is_thd = packed is not None and packed.qkv_format == "thd"
         decoder_input, rotary = self._preprocess(
-            input_ids=tokens, position_ids=position_ids, packed_seq_params=packed
+            input_ids=tokens,
+            position_ids=position_ids,
+            packed_seq_params=packed if is_thd else None,
         )[:2]
+        if packed is not None and not is_thd:
+            rotary = self.rotary_pos_emb.inside(packed)
         hidden = self.decoder(
             hidden_states=decoder_input,
             attention_mask=attention_mask,
@@ -83,14 +93,18 @@ class LanguageModel(GPTModel):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.pg_collection.tp)
-        hidden = hidden.transpose(0, 1)  # [b, s, h]
-        rows = hidden.flatten(0, 1) if scored is None else hidden[scored]
+        length, num_rows, _ = hidden.shape
+        if scored is None:
+            slots = torch.arange(num_rows * length, device=hidden.device)
+        else:
+            slots = scored.flatten().nonzero().flatten()
+        rows = hidden[slots % length, slots // length]
         if self.output_multiplier != 1.0:  # of the logits; there are fewer numbers here
             rows = rows * self.output_multiplier
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
         if loss is not None:
-            return loss(self.output_layer, rows, weight)
+            return loss(self.output_layer, rows, weight, slots)
         logits: Tensor = self.output_layer(rows, weight=weight)[0]
         return logits
 
@@ -109,13 +123,15 @@ def build_model(
     device: Device,
     parallel: ParallelContext,
     optimizer: OptimizerConfig = _STANDARD,
+    fp8: Fp8Config | None = None,
 ) -> list[LanguageModel]:
     """This rank's chunks of the model, initialised; one per virtual pipeline stage.
 
-    The parametrization of `optimizer` says how wide the initial weights are.
+    The parametrization of `optimizer` says how wide the initial weights are; `fp8` is read where
+    precision is fp8.
     Raises ValueError when the options are impossible (see `transformer_config`).
     """
-    config = transformer_config(model, parallel_config, precision=precision, device=device)
+    config = transformer_config(model, parallel_config, precision=precision, device=device, fp8=fp8)
     chunks = []
     for number in range(parallel.num_chunks):
         chunk = _build_chunk(model, config, objective, number=number, parallel=parallel)

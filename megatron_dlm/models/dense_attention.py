@@ -22,20 +22,22 @@ def dense_attention(
     rule: Visibility | None,
     *,
     scale: float,
+    places: Tensor | None = None,
     soft_cap: float | None = None,
     sink: tuple[Tensor, Tensor] | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """query [b, heads, s, d], key and value [b, groups, s, d] -> [b, heads, s, d].
+    """query [b, heads, q, d], key and value [b, groups, k, d] -> [b, heads, q, d].
 
-    rule: the keys each query sees; None is all. soft_cap: see `AttentionOptions`. sink: a key and a
+    rule: the keys each query sees; None is all. places: int64 [q], where the queries stand among
+    the keys; None: there is one for every key. soft_cap: see `AttentionOptions`. sink: a key and a
     value, [groups, d] each, that every query sees too. dropout: of the attention weights.
     """
     # Its own causal path is the one that PyTorch computes without a mask.
-    is_causal = isinstance(rule, Causal) and soft_cap is None and sink is None
+    is_causal = isinstance(rule, Causal) and places is None and soft_cap is None and sink is None
     visible = None
     if rule is not None and not is_causal:
-        visible = visible_keys(rule, query.shape[2], query.device)
+        visible = visible_keys(rule, places, key.shape[2], query.device)
     if sink is not None:
         key, value = (_with_sink(part, slot) for part, slot in zip((key, value), sink, strict=True))
         visible = None if visible is None else functional.pad(visible, (1, 0), value=True)

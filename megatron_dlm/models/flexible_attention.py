@@ -25,6 +25,7 @@ def flexible_attention(
     rule: Visibility | None,
     *,
     scale: float,
+    places: Tensor | None = None,
     soft_cap: float | None = None,
     sink: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -33,7 +34,9 @@ def flexible_attention(
     A sink never becomes a key, which would shift every tile by one slot: from the log-sum-exp of
     the other scores follows its weight, and how much it takes from them.
     """
-    block_mask = None if rule is None else _block_mask(rule, query.shape[2], query.device)
+    block_mask = None
+    if rule is not None:
+        block_mask = _block_mask(rule, places, key.shape[2], query.device)
     output, extra = _kernel(query.is_cuda)(
         query,
         key,
@@ -71,16 +74,18 @@ def _capping(soft_cap: float) -> Callable[..., Tensor]:
 
 
 @lru_cache(maxsize=4)  # a mask is built once for all layers, and again where another came between
-def _block_mask(rule: Visibility, length: int, device: torch.device) -> BlockMask:
+def _block_mask(
+    rule: Visibility, places: Tensor | None, num_keys: int, device: torch.device
+) -> BlockMask:
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return rule.visible(row, query, key)
+        return rule.visible(row, query if places is None else places[query], key)
 
     num_rows = len(rule.mask) if isinstance(rule, Hidden) else 1
     return create_block_mask(
         visible,
         B=num_rows if num_rows > 1 else None,
         H=None,
-        Q_LEN=length,
-        KV_LEN=length,
+        Q_LEN=num_keys if places is None else len(places),
+        KV_LEN=num_keys,
         device=device,
     )

@@ -5,7 +5,9 @@ Shapes: b micro-batch, S full sequence, s length that the model sees.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +34,11 @@ class TokenBatch:
     and positions begin anew in each; None lets attention cross documents.
     """
 
+    @cached_property
+    def first_sample(self) -> int:
+        """sample_index of the first row; a batch that has moved still knows it without waiting."""
+        return int(self.sample_index[0])
+
     @property
     def input_document(self) -> Tensor | None:
         """int64 [b, S]: `document` of the tokens that models read, the first S."""
@@ -51,12 +58,14 @@ class TokenBatch:
     def to(self, device: torch.device | str) -> TokenBatch:
         """Move every field; copies from pinned memory do not wait."""
         document = self.document
-        return TokenBatch(
+        moved = TokenBatch(
             tokens=self.tokens.to(device, non_blocking=True),
             valid=self.valid.to(device, non_blocking=True),
             sample_index=self.sample_index.to(device, non_blocking=True),
             document=None if document is None else document.to(device, non_blocking=True),
         )
+        vars(moved)["first_sample"] = self.first_sample
+        return moved
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,17 @@ class ModelInputs:
 
     def at(self, slots: Tensor | slice) -> ModelInputs:
         """Every field at these flat indices (int64 [n], or a slice) of [b, s]: fields [n]."""
-        taken = {field.name: getattr(self, field.name) for field in fields(self)}
-        return ModelInputs(**{name: value.reshape(-1)[slots] for name, value in taken.items()})
+        return self.map(lambda values: values.reshape(-1)[slots])
+
+    def one_row(self) -> ModelInputs:
+        """The rows behind one another: fields [1, b * s]."""
+        return self.map(lambda values: values.reshape(1, -1))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ModelInputs:
+        """Every field changed in the same way."""
+        return ModelInputs(
+            **{field.name: change(getattr(self, field.name)) for field in fields(self)}
+        )
 
 
 def document_starts(document: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ def seed_dropout(seed: int, step: int, parallel: ParallelContext) -> None:
     """Seed the dropout generators of this rank for one step.
 
     Tensor-parallel ranks share the mask of replicated activations and differ on split ones;
-    pipeline stages and data-parallel ranks always differ.
+    pipeline stages, context- and data-parallel ranks always differ.
     """
-    place = parallel.pipeline.rank * parallel.data.size + parallel.data.rank
+    place = parallel.pipeline.rank * parallel.context.size + parallel.context.rank
+    place = place * parallel.data.size + parallel.data.rank
     base = (seed * _SEED_STRIDE + step) * _SEED_STRIDE + place * 10_007
     model_parallel_cuda_manual_seed(base % _SEED_RANGE)

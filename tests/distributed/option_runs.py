@@ -121,7 +121,7 @@ def run_options(where: Layout, model: ModelConfig, objective: ObjectiveConfig) -
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         run_micro_batches(setup, batches, forward_only=False)
-        _gather_gradients(wrapped, parallel)
+        _gather_gradients(wrapped)
         return {
             "weights": weights,
             "gradients": _shards(chunks, parallel, gradients=True),

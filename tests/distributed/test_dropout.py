@@ -37,9 +37,16 @@ def test_tensor_parallel_ranks(ranks: RankPool) -> None:
     assert one["split"] != two["split"]
 
 
-@pytest.mark.parametrize("pipeline", [1, 2], ids=["DP2", "PP2"])
-def test_other_ranks_differ(ranks: RankPool, pipeline: int) -> None:
-    config = ParallelConfig(pipeline_model_parallel_size=pipeline)
+@pytest.mark.parametrize(
+    "config",
+    [
+        ParallelConfig(),
+        ParallelConfig(pipeline_model_parallel_size=2),
+        ParallelConfig(context_parallel_size=2),
+    ],
+    ids=["DP2", "PP2", "CP2"],
+)
+def test_other_ranks_differ(ranks: RankPool, config: ParallelConfig) -> None:
     one, two = (result[0] for result in ranks.run(draw_masks, config, (0,), num_ranks=2))
     assert one["replicated"] != two["replicated"]
     assert one["split"] != two["split"]

@@ -38,6 +38,7 @@ def layout(name: str, num_ranks: int, *, micro: int = 2, **sizes: Any) -> Layout
         "vpp": "virtual_pipeline_model_parallel_size",
         "sp": "sequence_parallel",
         "cp": "context_parallel_size",
+        "comm": "context_parallel_comm",
         "ep": "expert_model_parallel_size",
         "etp": "expert_tensor_parallel_size",
     }
@@ -59,6 +60,12 @@ LAYOUTS = [
     layout("TP2 + SP x PP2 + VPP2", 4, tp=2, pp=2, sp=True, vpp=2),
     layout("TP2 + SP x DP2", 4, tp=2, sp=True),
     layout("PP4", 4, pp=4),
+    layout("CP2", 2, cp=2),
+    layout("CP2 by heads", 2, cp=2, comm="a2a"),
+    layout("CP2 x TP2 + SP", 4, cp=2, tp=2, sp=True),
+    layout("CP2 x PP2 + VPP2 by heads", 4, cp=2, pp=2, vpp=2, comm="a2a"),
+    layout("CP2 x DP2", 4, cp=2),
+    layout("CP4", 4, cp=4),
 ]
 
 
@@ -113,6 +120,7 @@ def run_layout(
 ) -> dict[str, Any]:
     """Metrics and gradient norm of each step, noise and whole gradient of the first (this rank)."""
     from megatron_dlm.models.build import build_model
+    from megatron_dlm.models.moe_statistics import metric_names
     from megatron_dlm.objectives.build import build_objective
     from megatron_dlm.runtime.device import open_device
     from megatron_dlm.runtime.parallel import laid_out
@@ -148,7 +156,7 @@ def run_layout(
             batch_size=GLOBAL_BATCH,
             training=True,
         )
-        metrics = Metrics(built.metric_names, device.torch_device)
+        metrics = Metrics((*built.metric_names, *metric_names(model)), device.torch_device)
         setup = Pass(
             chunks=wrapped,
             objective=built,
@@ -172,7 +180,7 @@ def run_layout(
             chunk.zero_grad_buffer()
         run_micro_batches(setup, batches, forward_only=False)
         first = metrics.reduce()
-        _gather_gradients(wrapped, parallel)
+        _gather_gradients(wrapped)
         gradients = _shards(chunks, parallel, gradients=True)
         curve = []
         for step in range(num_steps):
@@ -200,14 +208,15 @@ def _micro_batches(
     ]
 
 
-def _gather_gradients(wrapped: list[Any], parallel: Any) -> None:
-    """Undo the scatter of the distributed optimizer: every DP rank gets the whole gradient."""
+def _gather_gradients(wrapped: list[Any]) -> None:
+    """Undo the scatter of the distributed optimizer: every rank gets its shard's whole gradient."""
     for chunk in wrapped:
-        for group in chunk.bucket_groups:
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            ranks = group.intra_distributed_optimizer_instance_group
             for bucket in group.buckets:
-                shards = list(bucket.grad_data.chunk(parallel.data.size))
-                own = shards[parallel.data.rank].clone()
-                dist.all_gather(shards, own, group=parallel.data.group)
+                shards = list(bucket.grad_data.chunk(ranks.size()))
+                own = shards[ranks.rank()].clone()
+                dist.all_gather(shards, own, group=ranks)
 
 
 def _shards(
@@ -222,6 +231,8 @@ def _shards(
     for chunk in chunks:
         for item in chunk.sharded_state_dict(metadata=sharding_metadata(parallel)).values():
             if getattr(item, "data", None) is None or not hasattr(item, "key"):
+                continue
+            if gradients and not hasattr(item.data, "main_grad"):  # a buffer
                 continue
             data = item.data.main_grad if gradients else item.data
             item = dataclasses.replace(item, data=data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from torch.nn.attention import flex_attention as torch_flexible
 from megatron_dlm.models.attention import CoreAttention
 
 HEADS, WIDTH = 4, 8
+_ONE_RANK = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+ALONE = SimpleNamespace(tp=_ONE_RANK, cp=_ONE_RANK)
+"""Process groups of one rank, which no one asks for more than their size and rank."""
 
 
 def reference_attention(
@@ -21,9 +26,9 @@ def reference_attention(
     soft_cap: float | None = None,
     sink: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """query [b, heads, s, d], key, value [b, groups, s, d], visible [b, s, s], sink [groups, d].
+    """query [b, heads, q, d], key, value [b, groups, k, d], visible [b, q, k], sink [groups, d].
 
-    Returns [b, heads, s, d]; everything in float64.
+    Returns [b, heads, q, d]; everything in float64.
     """
     repeats = query.shape[1] // key.shape[1]
     rows = []
@@ -61,7 +66,11 @@ def take_flexible_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     # PyTorch refuses gradients there, where its plain backward pass is right.
     monkeypatch.setattr(torch_flexible, "_validate_device", lambda *_: None)
     torch._dynamo.reset()  # it keeps only so many programs, and every rule is one
-    monkeypatch.setattr(CoreAttention, "_is_flexible", lambda self, _: not self.options.is_fused)
+
+    def is_flexible(self: CoreAttention, query: Tensor, *, is_masked: bool = False) -> bool:
+        return is_masked or not self.options.is_fused
+
+    monkeypatch.setattr(CoreAttention, "_is_flexible", is_flexible)
 
 
 def draw(*shapes: tuple[int, ...], seed: int = 0, size: float = 1.0) -> list[Tensor]:

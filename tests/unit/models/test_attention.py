@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from attention_reference import (
+    ALONE,
     HEADS,
     WIDTH,
     block_visible,
@@ -64,17 +64,25 @@ def inputs(groups: int) -> list[Tensor]:
 
 
 def check_option(
-    attend: Callable[..., Tensor], rule: Any, visible: Tensor, option: str, *, groups: int
+    attend: Callable[..., Tensor],
+    rule: Any,
+    visible: Tensor,
+    option: str,
+    *,
+    groups: int,
+    places: Tensor | None = None,
 ) -> None:
-    """Outputs and gradients of all inputs."""
+    """Outputs and gradients of all inputs; places: of the queries that are there."""
     soft_cap, has_sink = OPTIONS[option]
     ours = inputs(groups) if has_sink else inputs(groups)[:3]
+    visible = visible.expand(BATCH, -1, -1)
+    if places is not None:
+        ours[0] = ours[0].detach()[:, :, places].requires_grad_()
+        visible = visible[:, places]
     exact = in_double(ours)
     sink, wanted_sink = ((part[3], part[4]) if has_sink else None for part in (ours, exact))
-    output = attend(*ours[:3], rule, scale=WIDTH**-0.5, soft_cap=soft_cap, sink=sink)
-    wanted = reference_attention(
-        *exact[:3], visible.expand(BATCH, -1, -1), soft_cap=soft_cap, sink=wanted_sink
-    )
+    output = attend(*ours[:3], rule, scale=WIDTH**-0.5, places=places, soft_cap=soft_cap, sink=sink)
+    wanted = reference_attention(*exact[:3], visible, soft_cap=soft_cap, sink=wanted_sink)
     torch.testing.assert_close(output.double(), wanted, rtol=0, atol=2e-6)
     check_gradients(output, wanted, ours, exact)
 
@@ -99,6 +107,27 @@ def test_flexible_attention(name: str, option: str, monkeypatch: pytest.MonkeyPa
     take_flexible_attention(monkeypatch)
     rule, visible = {**RULES, **DOCUMENTS}[name]
     check_option(flexible_attention, rule, visible, option, groups=2)
+
+
+SOME_SLOTS = torch.tensor([2, 3, 8, 9])  # of the second of three ranks that share the sequence
+
+
+@pytest.mark.parametrize("option", ["plain", "soft cap and sink"])
+@pytest.mark.parametrize("name", [*RULES, *DOCUMENTS])
+def test_some_queries_of_a_sequence(name: str, option: str) -> None:
+    rule, visible = {**RULES, **DOCUMENTS}[name]
+    check_option(dense_attention, rule, visible, option, groups=2, places=SOME_SLOTS)
+
+
+@pytest.mark.parametrize("name", ["everything", "causal", "mask", "uneven blocks", "documents"])
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+def test_some_queries_of_a_sequence_in_flexible_attention(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_flexible_attention(monkeypatch)
+    rule, visible = {**RULES, **DOCUMENTS}[name]
+    option = "soft cap and sink"
+    check_option(flexible_attention, rule, visible, option, groups=2, places=SOME_SLOTS)
 
 
 @pytest.mark.parametrize("name", ["everything", "mask", "blocks"])
@@ -172,7 +201,7 @@ def core_attention(
         config=config,
         options=options,
         attention_type="self",
-        pg_collection=SimpleNamespace(tp=SimpleNamespace(size=lambda: 1)),
+        pg_collection=ALONE,
     )
     if options.has_sink:
         with torch.no_grad():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from attention_reference import (
+    ALONE,
     HEADS,
     WIDTH,
     check_gradients,
@@ -42,6 +42,17 @@ def test_numbers_of_documents() -> None:
     assert numbers.tolist() == 3 * [0] + [1] + 4 * [2] + 2 * [3] + 6 * [4] + 8 * [5]
 
 
+def test_positions_begin_anew_in_every_document() -> None:
+    positions = packed_sequences(DOCUMENT, "cpu").positions
+    assert positions.tolist() == [place for length in (3, 1, 4, 2, 6, 8) for place in range(length)]
+
+
+def test_ranks_that_share_a_sequence_share_it_as_one() -> None:
+    packed = packed_sequences(DOCUMENT, "cpu", context_size=2)
+    assert packed.qkv_format == "sbhd"
+    assert packed.lengths == (3, 1, 4, 2, 6, 8)
+
+
 def test_one_document_is_the_whole() -> None:
     packed = packed_sequences(DOCUMENT[2:], "cpu")
     assert packed.lengths == (8,)
@@ -67,7 +78,7 @@ def core_attention(pattern: AttentionPattern, groups: int, **options: Any) -> Co
         ),
         options=AttentionOptions(pattern, **options),
         attention_type="self",
-        pg_collection=SimpleNamespace(tp=SimpleNamespace(size=lambda: 1)),
+        pg_collection=ALONE,
     )
     with torch.no_grad():
         for sink, values in zip(attention.parameters(), draw(*2 * [(groups, WIDTH)]), strict=False):

@@ -41,3 +41,10 @@ def test_a_batch_without_documents_stays_so() -> None:
 def test_a_document_begins_in_every_row_and_where_the_number_changes() -> None:
     starts = document_starts(torch.tensor([[0, 0, 0, 1, 1, 2], [2, 2, 3, 3, 4, 5], [0] * 6]))
     assert starts.int().tolist() == [[1, 0, 0, 1, 0, 1], [1, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 0]]
+
+
+def test_a_moved_batch_knows_its_first_sample() -> None:
+    """On the meta device no number can be read."""
+    moved = make_batch(None).to("meta")
+    assert moved.sample_index.is_meta
+    assert moved.first_sample == 7
