@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 VOCABULARY = 45
 FAMILIES = ("qwen3", "qwen2", "llama")
+_PREFIXES = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen2": "Qwen2", "llama": "Llama"}
 
 
 def write_stock(family: str, directory: Path, **changes: Any) -> nn.Module:
     """Save a tiny model of the family; returns it."""
     import transformers
 
-    prefix = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}[family]
+    prefix = _PREFIXES[family]
     settings: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 24,
@@ -32,8 +33,10 @@ def write_stock(family: str, directory: Path, **changes: Any) -> nn.Module:
         "bos_token_id": None,
         "eos_token_id": 3,
     }
-    if family == "qwen3":
+    if family.startswith("qwen3"):
         settings["head_dim"] = 10
+    if family == "qwen3_moe":
+        settings |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
     torch.manual_seed(0)
     config = getattr(transformers, f"{prefix}Config")(**{**settings, **changes})
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()

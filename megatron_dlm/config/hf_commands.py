@@ -19,7 +19,7 @@ class ExportConfig:
     step: int | None = None
     """Take the checkpoint of this step of the run."""
     layout: Literal["auto", "megatron_dlm", "megadlms"] = "auto"
-    """auto: stock Qwen3, Qwen2 or Llama where that computes the same, else our code beside it;
+    """auto: stock Qwen3, Qwen3-MoE, Qwen2 or Llama where it computes the same, else our own code;
     megatron_dlm: always our code; megadlms: for MegaDLMs' own code, which is not included."""
     dtype: Literal["checkpoint", "fp32", "bf16"] = "checkpoint"
     """Type of the written weights; checkpoint keeps the type they were trained in."""
@@ -65,7 +65,7 @@ class ImportConfig:
     """Make a Hugging Face model the first checkpoint of a run; `train` goes on from it."""
 
     model: str
-    """Hugging Face directory: Qwen3, Qwen2 or Qwen2.5, Llama, or one that `export` wrote."""
+    """Hugging Face directory: Qwen3, Qwen3-MoE, Qwen2, Llama, or one that `export` wrote."""
     output_dir: str
     """Run directory to make: checkpoints/iter_0000000, tokenizer/ and imported.yaml."""
     objective: Literal["same", "autoregressive", "masked", "hybrid", "block"] = "same"

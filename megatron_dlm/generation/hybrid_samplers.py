@@ -127,9 +127,10 @@ def sample_hybrid(
     """Continue `prompt` (int64 [b, P]) by `num_tokens` tokens, and fill the masks in it.
 
     What is given stays. vocab_size: N, the ids with the mask. prompt_attention: what is given does
-    not see what is new, as models with prompts are trained; a prompt is then computed only once.
-    The result holds no mask and no forbidden id among the new tokens, and nothing but ends behind
-    the first new `eos_id`. All else is as in `sample_autoregressive`.
+    not see what is new, as models with prompts are trained; a prompt is then computed only once,
+    unless experts choose among all tokens. The result holds no mask and no forbidden id among the
+    new tokens, and nothing but ends behind the first new `eos_id`. All else is as in
+    `sample_autoregressive`.
     """
     choice = replace(choice, forbidden_ids=tuple({*choice.forbidden_ids, mask_id}))
     canvas = Canvas(prompt, num_tokens, filler=mask_id, valid=valid, row_ids=row_ids)

@@ -289,6 +289,11 @@ class _Reader:
         if decoding.cache not in ("exact", "none"):
             self._start = _common_start(is_new, decoding.cache)
             self._cache = denoiser.new_cache(*is_new.shape)
+            if self._cache is None:
+                raise ValueError(
+                    f"cache {decoding.cache} computes a part of a text, but the experts of this "
+                    "model choose among all of its tokens; take cache none"
+                )
 
     def open_block(self, block: int) -> None:
         """Say which slots the steps of this block compute again."""
@@ -352,5 +357,5 @@ class _Guided:
         ).chunk(2)
         return free + (1 + self._weight) * (logits - free)
 
-    def new_cache(self, batch_size: int, num_slots: int) -> object:
+    def new_cache(self, batch_size: int, num_slots: int) -> object | None:
         return self._denoiser.new_cache(2 * batch_size, num_slots)

@@ -45,8 +45,9 @@ class Denoiser(Protocol):
         slots that see each other but no other slot.
         """
 
-    def new_cache(self, batch_size: int, num_slots: int) -> object:
-        """An empty cache."""
+    def new_cache(self, batch_size: int, num_slots: int) -> object | None:
+        """An empty cache; None where no part of a row can be computed alone (experts that choose
+        among all its tokens)."""
 
 
 @dataclass(frozen=True)

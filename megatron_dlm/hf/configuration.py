@@ -8,23 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
+from megatron_dlm.hf.layouts import ARCHITECTURES, OPTIONS, STOCK, Layout
 from megatron_dlm.hf.mapping import has_query_bias
+from megatron_dlm.hf.moe_settings import read_moe, write_moe
 from megatron_dlm.hf.objective_settings import read_objective, write_objective
 
-Layout = Literal["qwen3", "qwen2", "llama", "megatron_dlm", "megadlms"]
-
 MODELING, CONFIGURATION = "modeling_megatron_dlm", "configuration_megatron_dlm"
-_ARCHITECTURES: dict[str, Layout] = {
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen2ForCausalLM": "qwen2",
-    "LlamaForCausalLM": "llama",
-    "MegatronDLMForCausalLM": "megatron_dlm",
-    "DiffLM": "megadlms",
-}
 _AUTO_MAPS: dict[Layout, dict[str, str]] = {
     "megatron_dlm": {
         "AutoConfig": f"{CONFIGURATION}.MegatronDLMConfig",
@@ -38,46 +31,7 @@ _AUTO_MAPS: dict[Layout, dict[str, str]] = {
 }
 # activation -> (hidden_act, gated_mlp)
 _ACTIVATIONS = {"swiglu": ("silu", True), "squared_relu": ("relu2", False), "gelu": ("gelu", False)}
-# Options of the model section that only our own code knows, under their own names; Llama knows the
-# first, too.
-_OPTIONS = (
-    "mlp_bias",
-    "qk_layernorm_scope",
-    "attn_logit_softcapping",
-    "attention_sink",
-    "layernorm_zero_centered_gamma",
-    "residual_multiplier",
-    "output_multiplier",
-)
-# Options of Megatron Core that say how the model is computed, not what.
-_HOW_NOT_WHAT = (
-    "apply_query_key_layer_scaling",
-    "apply_rope_fusion",
-    "attention_backend",
-    "attention_softmax_in_fp32",
-    "batch_invariant_mode",
-    "cpu_offloading",
-    "cross_entropy",
-    "cuda_graph",
-    "deterministic_mode",
-    "disable_",
-    "distribute_saved_activations",
-    "enable_cuda_graph",
-    "fp32_residual_connection",
-    "fp8",
-    "fused_",
-    "gradient_accumulation_fusion",
-    "masked_softmax_fusion",
-    "memory_efficient_layer_norm",
-    "overlap_",
-    "persist_layer_norm",
-    "recompute_modules",
-    "tp_comm_",
-    "tp_only_amax_red",
-    "use_",
-)
-
-
+_QWEN3: tuple[Layout, ...] = ("qwen3", "qwen3_moe")
 # Llama 3.1's scaling of the rotary embedding, as Megatron Core has it: only its factor is free.
 _ROPE_SCALING = {
     "rope_type": "llama3",
@@ -109,74 +63,12 @@ class Described:
     ids: SpecialIds
 
 
-def check_expressible(model: ModelConfig) -> None:
-    """Refuse, by name, options of which no exported model knows."""
-    for name, value in model.megatron.items():
-        if name == "add_qkv_bias" or name.startswith(_HOW_NOT_WHAT) or value in (None, False):
-            continue
-        raise ValueError(
-            f"model.megatron.{name} is {value}, which may change what the model computes and which "
-            "Hugging Face's format cannot express here; train without it to export"
-        )
-
-
-def choose_layout(model: ModelConfig, objective: ObjectiveConfig, wanted: str) -> Layout:
-    """The layout to write: auto takes stock code where it computes the same, else ours.
-
-    Raises ValueError naming what keeps the model out of the wanted layout.
-    """
-    check_expressible(model)
-    if wanted == "megatron_dlm":
-        return "megatron_dlm"
-    options = _options_of(model)
-    has_bias, gated = has_query_bias(model), model.activation == "swiglu"
-    if wanted == "megadlms":
-        kind = objective.kind
-        obstacles = {
-            f"objective.kind {kind} (it must be masked)": kind != "masked",
-            f"model.activation {model.activation} (it must be swiglu)": not gated,
-            "model.qk_layernorm false (it must be true)": not model.qk_layernorm,
-            "model.megatron.add_qkv_bias true (it must be false)": has_bias,
-            "model.rope_scaling_factor (it must be null)": model.rope_scaling_factor is not None,
-            **{f"model.{name} {value}": True for name, value in options.items()},
-        }
-        for obstacle, stands in obstacles.items():
-            if stands:
-                raise ValueError(f"layout megadlms cannot express {obstacle}; use layout auto")
-        return "megadlms"
-    if objective.kind != "autoregressive" or not gated or options.keys() - {"mlp_bias"}:
-        return "megatron_dlm"
-    if model.mlp_bias:
-        return _llama(model) if not (model.qk_layernorm or has_bias) else "megatron_dlm"
-    if model.qk_layernorm:
-        return "megatron_dlm" if has_bias else "qwen3"
-    if has_bias:
-        return "qwen2" if model.kv_channels is None else "megatron_dlm"
-    return _llama(model)
-
-
-def _llama(model: ModelConfig) -> Layout:
-    # transformers 5 insists on this although head_dim is given.
-    is_divisible = model.hidden_size % model.num_attention_heads == 0
-    return "llama" if is_divisible else "megatron_dlm"
-
-
-def _options_of(model: ModelConfig) -> dict[str, Any]:
-    """The options that are on."""
-    values = {name: getattr(model, name) for name in _OPTIONS}
-    return {
-        name: value
-        for name, value in values.items()
-        if value != ModelConfig.__dataclass_fields__[name].default
-    }
-
-
 def write_config(
     model: ModelConfig, objective: ObjectiveConfig, layout: Layout, *, ids: SpecialIds, dtype: str
 ) -> dict[str, Any]:
     """config.json of a model; readable by transformers 4.51 to 5."""
     hidden_act, gated = _ACTIVATIONS[model.activation]
-    (architecture,) = (name for name, known in _ARCHITECTURES.items() if known == layout)
+    (architecture,) = (name for name, known in ARCHITECTURES.items() if known == layout)
     config: dict[str, Any] = {
         "architectures": [architecture],
         "auto_map": _AUTO_MAPS.get(layout),
@@ -199,7 +91,7 @@ def write_config(
         "pad_token_id": ids.pad,
         "bos_token_id": ids.bos,
         "eos_token_id": ids.eos,
-        "use_cache": layout in ("qwen3", "qwen2", "llama"),
+        "use_cache": layout in STOCK,
     }
     config = {name: value for name, value in config.items() if value is not None}
     # Said even where it is null: defaults are other values or warnings.
@@ -208,12 +100,14 @@ def write_config(
         config["rope_scaling"] = {**_ROPE_SCALING, "factor": float(model.rope_scaling_factor)}
     elif layout == "megadlms":
         config["rope_scaling"] = None
-    if layout in ("qwen3", "llama", "megatron_dlm"):
+    if layout in (*_QWEN3, "llama", "megatron_dlm"):
         config["attention_bias"] = has_query_bias(model)
     if layout == "llama":
         config["mlp_bias"] = model.mlp_bias
     if layout == "megadlms":
         config |= {"attn_mask_type": "bidirectional", "mask_token_id": ids.mask}
+    if model.moe.is_moe:
+        config |= write_moe(model, layout)
     if layout == "megatron_dlm":
         config |= write_objective(objective)
         config |= {
@@ -221,7 +115,7 @@ def write_config(
             "silent_token_ids": list(ids.silent),
             "qk_layernorm": model.qk_layernorm,
             "gated_mlp": gated,
-            **{name: getattr(model, name) for name in _OPTIONS},
+            **{name: getattr(model, name) for name in OPTIONS},
         }
     return config
 
@@ -243,7 +137,7 @@ def read_config(config: Mapping[str, Any], path: Path) -> Described:
     default_head = 128 if layout == "qwen3" else hidden_size // num_heads
     head_dim = count("head_dim") if has_head_dim else default_head
     has_bias = layout == "qwen2" or (layout == "megatron_dlm" and config.get("attention_bias"))
-    qk_layernorm = layout in ("qwen3", "megadlms")
+    qk_layernorm = layout in (*_QWEN3, "megadlms")
     if layout == "megatron_dlm":
         qk_layernorm = bool(config.get("qk_layernorm", True))
     ids = _ids(config)
@@ -265,6 +159,7 @@ def read_config(config: Mapping[str, Any], path: Path) -> Described:
         untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
         init_method_std=config.get("initializer_range") or 0.02,
         megatron={"add_qkv_bias": True} if has_bias else {},
+        moe=read_moe(config, layout, path),
         **_read_options(config, layout),
     )
     return Described(layout, model, _objective(config, layout, path, ids), ids)
@@ -278,7 +173,7 @@ def _model_config(path: Path, **values: Any) -> ModelConfig:
 
 
 def _read_options(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    known = {"megatron_dlm": _OPTIONS, "llama": ("mlp_bias",)}.get(layout, ())
+    known = {"megatron_dlm": OPTIONS, "llama": ("mlp_bias",)}.get(layout, ())
     return {name: config[name] for name in known if name in config}
 
 
@@ -301,21 +196,21 @@ def _number(config: Mapping[str, Any], name: str, path: Path) -> Any:
 def _layout_of(config: Mapping[str, Any], path: Path) -> Layout:
     architectures = config.get("architectures") or []
     for architecture in architectures:
-        if architecture in _ARCHITECTURES:
-            return _ARCHITECTURES[architecture]
+        if architecture in ARCHITECTURES:
+            return ARCHITECTURES[architecture]
     shown = ", ".join(architectures) or config.get("model_type") or "not named"
     raise ValueError(
-        f"{path}: the architecture {shown} is not known (have: {', '.join(_ARCHITECTURES)})"
+        f"{path}: the architecture {shown} is not known (have: {', '.join(ARCHITECTURES)})"
     )
 
 
 def _refuse_foreign_settings(config: Mapping[str, Any], layout: Layout, path: Path) -> None:
     foreign = {
-        "mlp_bias": layout in ("qwen3", "qwen2", "megadlms") and config.get("mlp_bias"),
+        "mlp_bias": layout in (*_QWEN3, "qwen2", "megadlms") and config.get("mlp_bias"),
         "use_sliding_window": config.get("use_sliding_window"),
         "pretraining_tp": (config.get("pretraining_tp") or 1) != 1,
         "quantization_config": config.get("quantization_config"),
-        "attention_bias": layout in ("qwen3", "llama") and config.get("attention_bias"),
+        "attention_bias": layout in (*_QWEN3, "llama") and config.get("attention_bias"),
         "partial_rotary_factor": (config.get("partial_rotary_factor") or 1.0) != 1.0,
     }
     for name, is_set in foreign.items():

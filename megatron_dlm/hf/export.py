@@ -18,14 +18,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 import megatron_dlm
+from megatron_dlm.checkpoint.find import find_checkpoint, model_of
 from megatron_dlm.checkpoint.retention import Checkpoint
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.hf_commands import ExportConfig
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.data.tokenization.tokenizer import Tokenizer
-from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint, model_of
-from megatron_dlm.hf.configuration import Layout, SpecialIds, choose_layout, write_config
+from megatron_dlm.hf.checkpoint_reader import CheckpointReader
+from megatron_dlm.hf.configuration import SpecialIds, write_config
 from megatron_dlm.hf.dtypes import DTYPES
+from megatron_dlm.hf.layouts import Layout, choose_layout
 from megatron_dlm.hf.load import special_ids
 from megatron_dlm.hf.mapping import ExportedTensor, exported_tensors
 from megatron_dlm.hf.model_card import model_card
@@ -43,6 +45,7 @@ _CODE = (
     "hf/remote_code/configuration_megatron_dlm.py",
     "hf/remote_code/modeling_megatron_dlm.py",
     "hf/remote_code/denoiser.py",
+    "hf/remote_code/experts.py",
     "hf/remote_code/layers.py",
     "hf/remote_code/rotary.py",
     "hf/remote_code/visibility.py",
@@ -92,9 +95,11 @@ def export(config: ExportConfig) -> None:
     )
     (unfinished / "README.md").write_text(card, encoding="utf-8")
     if parity is not None and not parity.is_equal:
+        # Rounding decides between experts of equal scores.
+        hint = "; if a token's experts tie, another parity_text passes" * subject.model.moe.is_moe
         raise ValueError(
             f"{unfinished}: the largest difference of a logit is {parity.maximum_difference:.2e}, "
-            f"over parity_tolerance {parity.tolerance:.0e} (see {PARITY_FILE}); not published"
+            f"over parity_tolerance {parity.tolerance:.0e} (see {PARITY_FILE}); not published{hint}"
         )
     if output.exists():
         shutil.rmtree(output)
@@ -166,7 +171,9 @@ def _write_settings(
 
 def _write_weights(subject: _Subject, directory: Path, max_shard_bytes: int) -> None:
     tensors = {tensor.name: tensor for tensor in exported_tensors(subject.model)}
-    entries = [Entry(name, tensor.shape, subject.dtype) for name, tensor in tensors.items()]
+    entries = [
+        Entry(name, tensor.shape, _dtype_of(tensor, subject)) for name, tensor in tensors.items()
+    ]
     total = sum(entry.num_bytes for entry in entries)
     free = shutil.disk_usage(directory).free
     if free < total:
@@ -186,15 +193,20 @@ def _write_weights(subject: _Subject, directory: Path, max_shard_bytes: int) -> 
         write_sharded(directory, entries, blocks, max_shard_bytes=max_shard_bytes)
 
 
+def _dtype_of(tensor: ExportedTensor, subject: _Subject) -> torch.dtype:
+    return torch.float32 if tensor.is_fp32 else subject.dtype
+
+
 def _blocks(subject: _Subject, tensor: ExportedTensor) -> Iterator[Tensor]:
-    row_bytes = (tensor.num_columns or 1) * subject.dtype.itemsize
+    dtype = _dtype_of(tensor, subject)
+    row_bytes = (tensor.num_columns or 1) * dtype.itemsize
     size = max(1, _BLOCK_BYTES // row_bytes)
     for source in tensor.sources:
         end = source.start + source.num_rows
         for start in range(source.start, end, size):
             count = min(size, end - start)
             rows = subject.reader.rows(source.key, source.layer, start, count)
-            yield rows.to(subject.dtype)
+            yield rows.to(dtype)
 
 
 def _compare(

@@ -7,7 +7,7 @@ weights imply.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from rich.progress import Progress
 from torch import Tensor
 
 from megatron_dlm.checkpoint.retention import whole_checkpoints
+from megatron_dlm.checkpoint.writer import write_checkpoint
 from megatron_dlm.config.architecture import ModelConfig, weight_settings
 from megatron_dlm.config.hf_commands import ImportConfig
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.config.tokenizer_metadata import TOKENIZER_FILES, holds_tokenizer
+from megatron_dlm.config.validate_moe import check_moe
 from megatron_dlm.data.tokenization.tokenizer_source import TokenizerSource, read_source
-from megatron_dlm.hf.checkpoint_writer import write_checkpoint
 from megatron_dlm.hf.configuration import Described, read_config
 from megatron_dlm.hf.dtypes import DTYPES
 from megatron_dlm.hf.mapping import (
@@ -58,6 +59,9 @@ class _Subject:
 def import_model(config: ImportConfig) -> None:
     """Write the run directory; prints what to type next."""
     subject = _open(config)
+    objective = _objective(config, subject)
+    # Not every objective may have every kind of experts.
+    check_moe(RunConfig(model=subject.model, objective=objective), world_size=1)
     output = Path(config.output_dir)
     _check_output(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -65,7 +69,6 @@ def import_model(config: ImportConfig) -> None:
     if subject.source is not None:
         tokenizer = output / "tokenizer"
         _write_tokenizer(subject, tokenizer, config.mask_token)
-    objective = _objective(config, subject)
     settings = _settings(subject, objective, tokenizer, output)
     (output / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
     path = _write_checkpoint(subject, objective, tokenizer, output)
@@ -167,8 +170,14 @@ def _settings(
 
 
 def _changed(section: Any, default: Any) -> dict[str, Any]:
-    defaults = asdict(default)
-    return {name: value for name, value in asdict(section).items() if value != defaults[name]}
+    """Fields, also of sections inside, that are not the default: no more is implied."""
+    changed = {}
+    for item in fields(section):
+        value, standard = getattr(section, item.name), getattr(default, item.name)
+        if value != standard:
+            inside = is_dataclass(value)
+            changed[item.name] = _changed(value, standard) if inside else value
+    return changed
 
 
 def _write_checkpoint(
@@ -194,14 +203,19 @@ def _write_checkpoint(
             progress.advance(bar)
             return _read(tensor, subject, new_rows)
 
+        dtypes = {tensor.key: _dtype_of(tensor, subject) for tensor in tensors}
         return write_checkpoint(
-            output / "checkpoints", tensors, read, dtype=subject.dtype, description=description
+            output / "checkpoints", tensors, read, dtype=dtypes, description=description
         )
+
+
+def _dtype_of(tensor: CheckpointTensor, subject: _Subject) -> torch.dtype:
+    return torch.float32 if tensor.is_fp32 else subject.dtype
 
 
 def _read(tensor: CheckpointTensor, subject: _Subject, new_rows: dict[str, Tensor]) -> Tensor:
     """A tensor of the checkpoint from the rows of the files; rows that only pad are zero."""
-    values = torch.zeros(tensor.shape, dtype=subject.dtype)
+    values = torch.zeros(tensor.shape, dtype=_dtype_of(tensor, subject))
     row = 0
     for part in tensor.parts:
         if part.name is not None:

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dlm.checkpoint.find import find_checkpoint, model_of
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig, ObjectiveKind
 from megatron_dlm.config.tokenizer_metadata import holds_tokenizer
 from megatron_dlm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
-from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint, model_of
-from megatron_dlm.hf.configuration import SpecialIds, check_expressible, read_config, write_config
+from megatron_dlm.hf.checkpoint_reader import CheckpointReader
+from megatron_dlm.hf.configuration import SpecialIds, read_config, write_config
 from megatron_dlm.hf.dtypes import DTYPES
 from megatron_dlm.hf.extra import library
+from megatron_dlm.hf.layouts import check_expressible
 from megatron_dlm.hf.mapping import OUTPUT, ExportedTensor, exported_tensors
 from megatron_dlm.hf.safetensors_reader import CONFIG_FILE, SafetensorsDirectory, read_config_file
 
@@ -71,8 +73,8 @@ def load_model(
     tokenizer: str | Path | None = None,
 ) -> LoadedModel:
     """The model of a run directory (its newest whole checkpoint, or that of `step`), of one
-    checkpoint directory, or of a Hugging Face directory (exported by us, or stock Qwen3, Qwen2,
-    Llama).
+    checkpoint directory, or of a Hugging Face directory (exported by us, or stock Qwen3,
+    Qwen3-MoE, Qwen2, Llama).
 
     dtype: fp32, bf16 or fp16; by default as stored. tokenizer: where it lies, by default in the
     directory or where the run was trained with it. Raises ValueError naming the file for what
@@ -91,7 +93,7 @@ def load_model(
     model = build_inference_model(origin.model, origin.objective, origin.ids)
     wanted = None if dtype is None else DTYPES[dtype]
     state = {
-        tensor.name: origin.read(tensor).to(device=device, dtype=wanted)
+        tensor.name: origin.read(tensor).to(device, torch.float32 if tensor.is_fp32 else wanted)
         for tensor in exported_tensors(origin.model)
     }
     model.load_state_dict(state, assign=True)

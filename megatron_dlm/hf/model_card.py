@@ -11,8 +11,9 @@ from megatron_dlm import __version__
 from megatron_dlm.checkpoint.retention import Checkpoint
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
-from megatron_dlm.hf.configuration import Layout
+from megatron_dlm.hf.layouts import Layout
 from megatron_dlm.hf.parity import Parity
+from megatron_dlm.models.accounting import count_parameters
 
 _WHAT = {
     "autoregressive": "An autoregressive language model: the logits of a slot are those of the "
@@ -44,7 +45,7 @@ def model_card(
         f"# {name}\n\n{_WHAT[objective.kind]}",
         _facts(checkpoint, model, objective, _read_json(run / "run.json")),
         _losses(run / "metrics.jsonl", checkpoint.step),
-        _usage(layout, objective),
+        _usage(layout, model),
         _proof(parity),
         f"Written by megatron_dlm {__version__}.",
     ]
@@ -65,10 +66,11 @@ def _facts(
     tokens = checkpoint.step * config["train"]["global_batch_size"] * model.seq_length
     groups = f", {model.query_groups} key-value" if model.num_query_groups else ""
     rows = {
-        "parameters": f"{checkpoint.manifest['num_parameters']:,}",
+        "parameters": f"{checkpoint.manifest['num_parameters']:,}" + _active(model),
         "layers × width": f"{model.num_layers} × {model.hidden_size}",
         "heads": f"{model.num_attention_heads}{groups}, of {model.head_size}",
         "MLP": f"{model.ffn_size}, {model.activation}" + (", biases" if model.mlp_bias else ""),
+        "experts": _experts(model),
         "other options": _options(model),
         "vocabulary": f"{model.vocab_size:,}",
         "sequence length": f"{model.seq_length:,}",
@@ -84,6 +86,31 @@ def _facts(
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value]
     return "\n".join(["## Training", "", "| | |", "|---|---|", *lines])
+
+
+def _active(model: ModelConfig) -> str:
+    if not model.moe.is_moe:
+        return ""
+    average = ", on average" if model.moe.routing == "expert_choice" else ""
+    return f", {count_parameters(model).active:,} of them for one token{average}"
+
+
+def _experts(model: ModelConfig) -> str:
+    moe = model.moe
+    if not moe.is_moe:
+        return ""
+    said = [f"{moe.num_experts} of {model.expert_ffn_size}"]
+    if moe.routing == "expert_choice":
+        said.append(f"expert choice, {moe.router_topk} per token on average")
+    else:
+        said.append(f"{moe.router_topk} per token")
+    said.append(f"{moe.score_function} gates")
+    if moe.shared_expert_ffn_hidden_size:
+        gated = "gated " if moe.shared_expert_gate else ""
+        said.append(f"a {gated}shared one of {moe.shared_expert_ffn_hidden_size}")
+    if moe.num_dense_layers:
+        said.append(f"first {moe.num_dense_layers} layers without")
+    return ", ".join(said)
 
 
 def _options(model: ModelConfig) -> str:
@@ -180,7 +207,7 @@ def _losses(metrics: Path, step: int) -> str:
     return "\n".join(["## Loss", "", unit, "", "| split | step | NELBO |", "|---|---|---|", *rows])
 
 
-def _usage(layout: Layout, objective: ObjectiveConfig) -> str:
+def _usage(layout: Layout, model: ModelConfig) -> str:
     remote = layout in ("megatron_dlm", "megadlms")
     option = ", trust_remote_code=True" if remote else ""
     code = [
@@ -205,6 +232,11 @@ def _usage(layout: Layout, objective: ObjectiveConfig) -> str:
             "tokens = model.generate(**inputs, max_new_tokens=64)",
             "print(tokenizer.batch_decode(tokens, skip_special_tokens=True))",
         ]
+        if model.moe.routing == "expert_choice":
+            notes.append(
+                "Experts choose among all tokens of a text (expert choice), so a part of it cannot "
+                "be computed alone: no keys and values are kept."
+            )
         notes.append(
             "Padding, on either side, changes nothing as long as `attention_mask` names it. The "
             "code beside the weights needs PyTorch 2.5 and transformers 4.51 or newer."

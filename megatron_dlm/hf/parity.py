@@ -8,28 +8,22 @@ hold one layer at a time and compute in fp32, so any model fits; weights are com
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
-from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.hf.checkpoint_reader import CheckpointReader
-from megatron_dlm.hf.configuration import Described, read_config
+from megatron_dlm.hf.configuration import read_config
 from megatron_dlm.hf.extra import library
-from megatron_dlm.hf.load import build_inference_model
-from megatron_dlm.hf.mapping import EMBEDDING, FINAL_NORM, OUTPUT, exported_tensors
+from megatron_dlm.hf.mapping import EMBEDDING, OUTPUT
+from megatron_dlm.hf.parity_sides import Side, exported_side, megatron_side
 from megatron_dlm.hf.safetensors_reader import CONFIG_FILE, SafetensorsDirectory, read_config_file
-from megatron_dlm.runtime.device import open_device
 
-_STOCK = ("qwen3", "qwen2", "llama")
 _VOCABULARY_BLOCK = 4096
 
 
@@ -57,18 +51,6 @@ class Parity:
         return {"equal": self.is_equal, **asdict(self)}
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One of the two models, taken apart."""
-
-    layer: Callable[[int, Tensor], Tensor]
-    """Number and hidden states [b, s, h] -> hidden states [b, s, h]."""
-    norm: Callable[[Tensor], Tensor]
-    """Hidden states as the output layer's table multiplies them."""
-    table: Callable[[str, int, int], Tensor]
-    """Rows of the embedding or the output layer, fp32."""
-
-
 @torch.no_grad()
 def compare(
     directory: Path,
@@ -90,9 +72,9 @@ def compare(
     config = read_config_file(directory)
     described = read_config(config, directory / CONFIG_FILE)
     context = _context(objective, tokens)
-    exported, class_name = _exported_side(directory, described, weights, context)
+    exported, class_name = exported_side(directory, described, weights, context)
     dtype = weights.dtype(EMBEDDING)
-    with _megatron_side(reader, model, objective, context, dtype=dtype) as original:
+    with megatron_side(reader, model, objective, context, dtype=dtype) as original:
         sides = (original, exported)
         hidden = [_embed(side, tokens) for side in sides]
         for number in range(model.num_layers):
@@ -117,14 +99,14 @@ def _context(objective: ObjectiveConfig, tokens: Tensor) -> Tensor | None:
     return place < (tokens.shape[1] + 3) // 4
 
 
-def _embed(side: _Side, tokens: Tensor) -> Tensor:
+def _embed(side: Side, tokens: Tensor) -> Tensor:
     ids, place = tokens.unique(return_inverse=True)
     rows = torch.cat([side.table(EMBEDDING, int(token), 1) for token in ids])
     return rows[place]
 
 
 def _compare_logits(
-    sides: tuple[_Side, _Side], hidden: list[Tensor], model: ModelConfig
+    sides: tuple[Side, Side], hidden: list[Tensor], model: ModelConfig
 ) -> dict[str, float]:
     """Over blocks of the vocabulary: the logits of large ones would not fit."""
     assert model.vocab_size is not None
@@ -154,145 +136,3 @@ def _compare_logits(
         "largest_logit": size,
         "same_choice_share": float((choice[0] == choice[1]).double().mean()),
     }
-
-
-def _exported_side(
-    directory: Path, described: Described, weights: SafetensorsDirectory, context: Tensor | None
-) -> tuple[_Side, str]:
-    module, name = _one_layer_class(directory, described)
-    options: dict[str, Any] = {"use_cache": False}
-    if described.layout not in _STOCK:
-        options = {"context": context, "doubled": described.objective.kind == "block"}
-    decoder, norm = module.model, module.model.norm
-    decoder.norm = nn.Identity()
-    names = [tensor.name for tensor in exported_tensors(described.model)]
-    (layer,) = decoder.layers
-
-    def run_layer(number: int, hidden: Tensor) -> Tensor:
-        prefix = f"model.layers.{number}."
-        state = {
-            name.removeprefix(prefix): weights.rows(name).float()
-            for name in names
-            if name.startswith(prefix)
-        }
-        layer.load_state_dict(state, assign=True)
-        return decoder(inputs_embeds=hidden, **options).last_hidden_state
-
-    def run_norm(hidden: Tensor) -> Tensor:
-        norm.load_state_dict({"weight": weights.rows(FINAL_NORM).float()}, assign=True)
-        return norm(hidden) * described.model.output_multiplier
-
-    def table(name: str, start: int, count: int) -> Tensor:
-        return weights.rows(name, start, count).float()
-
-    return _Side(run_layer, run_norm, table), name
-
-
-def _one_layer_class(directory: Path, described: Described) -> tuple[Any, str]:
-    """The model that transformers would build, with one layer and a vocabulary of one."""
-    small = replace(described.model, num_layers=1, vocab_size=1, make_vocab_size_divisible_by=1)
-    if described.layout not in _STOCK:
-        built = build_inference_model(small, described.objective, described.ids)
-        return built.to_empty(device="cpu").eval(), type(built).__name__
-    transformers = library("transformers")
-    config = transformers.AutoConfig.from_pretrained(directory)
-    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 1, None
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1]
-    stock = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa"
-    ).float()
-    return stock.eval(), type(stock).__name__
-
-
-@contextmanager
-def _megatron_side(
-    reader: CheckpointReader,
-    model: ModelConfig,
-    objective: ObjectiveConfig,
-    context: Tensor | None,
-    *,
-    dtype: torch.dtype,
-) -> Iterator[_Side]:
-    device = open_device("auto")  # before megatron.core is imported
-    from megatron_dlm.models.build import build_model, sharding_metadata
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
-
-    small = replace(
-        model,
-        num_layers=1,
-        vocab_size=1,
-        make_vocab_size_divisible_by=1,
-        transformer_impl="local",
-        recompute_granularity="none",
-    )
-    with _alone(), laid_out(ParallelConfig()) as parallel:
-        seed_dropout(0, 0, parallel)
-        (chunk,) = build_model(
-            small,
-            ParallelConfig(),
-            objective,
-            precision="fp32",
-            seed=0,
-            device=device,
-            parallel=parallel,
-        )
-        # Under the names of the checkpoint, as Megatron Core itself gives them.
-        places = chunk.sharded_state_dict(metadata=sharding_metadata(parallel))
-        weights = [
-            place
-            for name, place in places.items()
-            if name.startswith("decoder.layers.0.") and isinstance(place.data, Tensor)
-        ]
-        # True hides the key, in Megatron Core's sense.
-        mask = None if context is None else context[:, None, :, None] & ~context[:, None, None]
-
-        def read(key: str, layer: int | None, start: int, count: int) -> Tensor:
-            return reader.rows(key, layer, start, count).to(dtype).float()
-
-        yield _side_of_megatron(chunk.eval(), weights, read, attention_mask=mask)
-
-
-def _side_of_megatron(
-    chunk: Any,
-    weights: list[Any],
-    read: Callable[[str, int | None, int, int], Tensor],
-    *,
-    attention_mask: Tensor | None,
-) -> _Side:
-    decoder, norm = chunk.decoder, chunk.decoder.final_layernorm
-    decoder.final_layernorm = nn.Identity()
-    device = norm.weight.device
-    mask = None if attention_mask is None else attention_mask.to(device)
-
-    def run_layer(number: int, hidden: Tensor) -> Tensor:
-        for weight in weights:
-            weight.data.copy_(read(weight.key, number, 0, len(weight.data)))
-        rotary = chunk.rotary_pos_emb(hidden.shape[1])
-        moved = hidden.transpose(0, 1).to(device)
-        run = decoder(hidden_states=moved, attention_mask=mask, rotary_pos_emb=rotary)
-        return run.transpose(0, 1).cpu()
-
-    def run_norm(hidden: Tensor) -> Tensor:
-        norm.weight.copy_(read("decoder.final_layernorm.weight", None, 0, len(norm.weight)))
-        return norm(hidden.to(device)).cpu() * chunk.output_multiplier
-
-    def table(name: str, start: int, count: int) -> Tensor:
-        key = {EMBEDDING: "embedding.word_embeddings.weight", OUTPUT: "output_layer.weight"}[name]
-        return read(key, None, start, count)
-
-    return _Side(run_layer, run_norm, table)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """A process group of one, whatever launched this process."""
-    if dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

@@ -51,14 +51,15 @@ class SafetensorsDirectory:
         `may_hold` names tensors that are allowed besides.
         """
         shapes = {tensor.name: tensor.shape for tensor in expected}
+        found = self._shapes()
         for name, shape in shapes.items():
-            if name not in self._places:
+            if name not in found:
                 raise ValueError(
                     f"{self.path} lacks the tensor {name} that its config.json implies"
                 )
-            if self.shape(name) != shape:
+            if found[name] != shape:
                 raise ValueError(
-                    f"{self._places[name]}: {name} has shape {list(self.shape(name))}, "
+                    f"{self._places[name]}: {name} has shape {list(found[name])}, "
                     f"{CONFIG_FILE} implies {list(shape)}"
                 )
         others = sorted(self.names - shapes.keys() - set(may_hold))
@@ -69,19 +70,35 @@ class SafetensorsDirectory:
                 + (f" and {len(others) - 3} more" if len(others) > 3 else "")
             )
 
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, opening every file once: one of experts holds thousands."""
+        names_of: dict[Path, list[str]] = {}
+        for name, file in self._places.items():
+            names_of.setdefault(file, []).append(name)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file, names in names_of.items():
+            with _opened(file, "its tensors") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+        return shapes
+
     @contextmanager
     def _slice(self, name: str) -> Iterator[Any]:
-        safetensors = library("safetensors")
         file = self._places.get(name)
         if file is None:
             raise ValueError(f"{self.path} holds no tensor {name}")
-        try:
-            # Opened anew each time: what was read of a mapped file counts as memory until it is
-            # closed.
-            with safetensors.safe_open(file, framework="pt") as opened:
-                yield opened.get_slice(name)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: {name} cannot be read ({error})") from None
+        # Opened anew each time: what was read of a mapped file counts as memory until it is closed.
+        with _opened(file, name) as opened:
+            yield opened.get_slice(name)
+
+
+@contextmanager
+def _opened(file: Path, what: str) -> Iterator[Any]:
+    safetensors = library("safetensors")
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            yield opened
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: {what} cannot be read ({error})") from None
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

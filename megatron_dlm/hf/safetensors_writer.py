@@ -62,11 +62,13 @@ def write_sharded(
 
 def _shards(entries: Sequence[Entry], max_bytes: int) -> Iterator[list[Entry]]:
     shard: list[Entry] = []
+    num_bytes = 0
     for entry in entries:
-        if shard and sum(other.num_bytes for other in shard) + entry.num_bytes > max_bytes:
+        if shard and num_bytes + entry.num_bytes > max_bytes:
             yield shard
-            shard = []
+            shard, num_bytes = [], 0
         shard.append(entry)
+        num_bytes += entry.num_bytes
     yield shard
 
 
@@ -74,6 +76,8 @@ def _write_file(
     path: Path, entries: Sequence[Entry], blocks: Callable[[Entry], Iterable[Tensor]]
 ) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    # Wide types first: readers want an element to lie at a multiple of its size.
+    entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     offset = 0
     for entry in entries:
         end = offset + entry.num_bytes

@@ -21,6 +21,17 @@ from megatron_dlm.data.tokenization.tokenizer_source import (
 
 # The libraries know other versions of Unicode, and choose differently between equal pieces.
 _TOLERATED_SHARE = 0.02
+# What a tokenizer_config.json may say of the machine it was made on, or of who made it.
+_PRIVATE = (
+    "auth_token",
+    "cache_dir",
+    "name_or_path",
+    "special_tokens_map_file",
+    "token",
+    "tokenizer_file",
+    "use_auth_token",
+    "vocab_file",
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ def _settings(source: TokenizerSource, max_length: int) -> dict[str, Any]:
     old = {
         name: value
         for name, value in old.items()
-        if name not in ("auto_map", "added_tokens_decoder")
+        if name not in ("auto_map", "added_tokens_decoder", *_PRIVATE)
     }
     names = {token: name for name, token in special_names(source).items()}
     roles = {

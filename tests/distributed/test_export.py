@@ -22,11 +22,12 @@ from saved_model import (
 )
 from tiny_corpus import TinyCorpus
 
+from megatron_dlm.checkpoint.find import find_checkpoint
 from megatron_dlm.config.hf_commands import ExportConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.data.tokenization.tokenizer import load_tokenizer
 from megatron_dlm.generation.masked_samplers import MaskedDecoding, sample_masked
-from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint
+from megatron_dlm.hf.checkpoint_reader import CheckpointReader
 from megatron_dlm.hf.export import export
 from megatron_dlm.hf.load import load_model
 from megatron_dlm.hf.mapping import FINAL_NORM

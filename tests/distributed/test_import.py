@@ -22,8 +22,9 @@ from saved_model import (
 )
 from stock_models import write_stock
 
+from megatron_dlm.checkpoint.find import find_checkpoint, model_of
 from megatron_dlm.config.hf_commands import ExportConfig, ImportConfig
-from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint, model_of
+from megatron_dlm.hf.checkpoint_reader import CheckpointReader
 from megatron_dlm.hf.export import export
 from megatron_dlm.hf.importing import import_model
 from megatron_dlm.hf.load import load_model

@@ -7,7 +7,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-_PATTERNS = ("bidirectional", "causal", "block")
+_KNOWN = {
+    "attn_mask_type": ("bidirectional", "causal", "block"),
+    "moe_routing": ("token_choice", "expert_choice"),
+    "moe_score_function": ("softmax", "sigmoid"),
+}
 
 
 class MegatronDLMConfig(PretrainedConfig):
@@ -52,6 +56,30 @@ class MegatronDLMConfig(PretrainedConfig):
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
+    num_experts: int = 0
+    """Of the MLP of a layer; 0: no layer has experts."""
+    num_dense_layers: int = 0
+    """The first layers have none."""
+    num_experts_per_tok: int = 2
+    """expert_choice: on average."""
+    moe_intermediate_size: int = 0
+    """Inner width of one expert."""
+    moe_routing: str = "token_choice"
+    """token_choice: a token takes its best experts; expert_choice: an expert takes the best tokens
+    of a row."""
+    moe_score_function: str = "softmax"
+    """softmax or sigmoid of the router's logits."""
+    moe_pre_softmax: bool = False
+    """Gates are scores over all experts; otherwise over the chosen ones."""
+    moe_expert_bias: bool = False
+    """A bias on the choice, not on the gates."""
+    moe_count_scales: Sequence[float] = ()
+    """expert_choice: factors of the routed output of a token by how many experts chose it."""
+    shared_expert_intermediate_size: int = 0
+    """Inner width of an expert that all tokens pass; 0: none."""
+    shared_expert_gate: bool = False
+    """A learned sigmoid gate scales its output."""
+
     attn_mask_type: str = "bidirectional"
     """A slot sees: bidirectional, all; causal, those up to itself; block, those of its own block
     of `block_size` tokens and of the blocks before."""
@@ -84,9 +112,15 @@ class MegatronDLMConfig(PretrainedConfig):
             name: options.pop(name, getattr(MegatronDLMConfig, name))
             for name in MegatronDLMConfig.__annotations__
         }
-        if own["attn_mask_type"] not in _PATTERNS:
+        for name, known in _KNOWN.items():
+            if own[name] not in known:
+                raise ValueError(f"{name} is {own[name]!r}; use {', '.join(known)}")
+        if own["num_experts"] and own["mlp_bias"]:
+            raise ValueError("mlp_bias is true, but experts have no biases")
+        if own["moe_routing"] == "expert_choice" and own["attn_mask_type"] != "bidirectional":
             raise ValueError(
-                f"attn_mask_type is {own['attn_mask_type']!r}; use {', '.join(_PATTERNS)}"
+                f"moe_routing expert_choice looks at whole rows, but attn_mask_type "
+                f"{own['attn_mask_type']} must not see what follows"
             )
         super().__init__(**options)
         for name, value in own.items():
@@ -96,6 +130,18 @@ class MegatronDLMConfig(PretrainedConfig):
         self.rope_theta = float(rope.get("rope_theta", self.rope_theta))
         self.rope_scaling_factor = rope.get("factor", self.rope_scaling_factor)
         self.silent_token_ids = list(self.silent_token_ids)
+        self.moe_count_scales = list(self.moe_count_scales)
+        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the MLP of a layer is a set of experts."""
+        return self.num_experts > 0 and layer >= self.num_dense_layers
+
+    @property
+    def routes_whole_rows(self) -> bool:
+        """Whether what a token passes depends on all tokens of its row, so that no part of a row
+        can be computed alone."""
+        return self.num_experts > 0 and self.moe_routing == "expert_choice"
 
     @property
     def is_causal(self) -> bool:

@@ -9,6 +9,11 @@ from torch import Tensor
 
 from .visibility import KeyValueCache
 
+NO_CACHE = (
+    "a part of a row cannot be computed alone: experts choose among all its tokens "
+    "(moe_routing expert_choice); use no cache"
+)
+
 
 class Denoiser:
     """`denoiser(tokens)` -> logits, on the model's device and without gradients."""
@@ -39,7 +44,10 @@ class Denoiser:
         ).last_hidden_state
         return self.model.logits(hidden if wanted is None else hidden[wanted.to(device)])
 
-    def new_cache(self, batch_size: int, num_slots: int) -> KeyValueCache:
-        """An empty cache; its storage is made when it is first written."""
+    def new_cache(self, batch_size: int, num_slots: int) -> KeyValueCache | None:
+        """An empty cache, whose storage is made when it is first written; None where no part of a
+        row can be computed alone."""
         del batch_size
+        if self.model.config.routes_whole_rows:
+            return None
         return KeyValueCache(num_slots)

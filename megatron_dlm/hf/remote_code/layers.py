@@ -1,4 +1,4 @@
-"""Norms, attention, MLP and the layer that they make.
+"""Norms, attention and the layer that they make with an MLP or experts.
 
 Shapes: b rows, s slots, h hidden size, H query heads, G key-value heads, d width of a head.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
-from transformers.activations import ACT2FN
 
 from .configuration_megatron_dlm import MegatronDLMConfig
+from .experts import MLP, MixtureOfExperts
 from .rotary import rotate
 from .visibility import Visibility
 
@@ -85,37 +85,26 @@ class Attention(nn.Module):
         return norm(_split(x, heads)) if self.norms_heads else _split(norm(x), heads)
 
 
-class MLP(nn.Module):
-    """down(act(gate) * up), or down(act(up)) without a gate."""
-
-    def __init__(self, config: MegatronDLMConfig) -> None:
-        super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
-        self.act = ACT2FN[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gate_proj is None:
-            return self.down_proj(self.act(self.up_proj(x)))
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Layer(nn.Module):
-    """Attention and MLP, each behind a norm and added to its input."""
+    """Attention and MLP or experts, each behind a norm and added to its input."""
 
     def __init__(self, config: MegatronDLMConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
-        self.mlp = MLP(config)
+        self.has_experts = config.has_experts(layer)
+        if self.has_experts:
+            self.mlp: nn.Module = MixtureOfExperts(config)
+        else:
+            self.mlp = MLP(config, config.intermediate_size)
         self.multiplier = config.residual_multiplier
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], seen: Visibility) -> Tensor:
         x = x + self.multiplier * self.self_attn(self.input_layernorm(x), rotary, seen)
-        return x + self.multiplier * self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        mixed = self.mlp(normed, seen.real) if self.has_experts else self.mlp(normed)
+        return x + self.multiplier * mixed
 
 
 def attend(

@@ -1,8 +1,9 @@
 """A causal, bidirectional or block-causal transformer for models trained by megatron_dlm.
 
-Qwen3's layers, with options. Padding changes nothing: `attention_mask` hides padded slots from all
-others, on either side, and positions count real tokens only. Needs PyTorch 2.5 or newer. Shapes: b
-rows, s tokens of the input, L slots of a cache, h hidden size, V vocabulary.
+Qwen3's layers, with options, among them experts. Padding changes nothing: `attention_mask` hides
+padded slots from all others, on either side, and positions count real tokens only. Needs PyTorch
+2.5 or newer. Shapes: b rows, s tokens of the input, L slots of a cache, h hidden size, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 # Every file beside this one is named here: old transformers copy no others.
 from .configuration_megatron_dlm import MegatronDLMConfig
-from .denoiser import Denoiser
+from .denoiser import NO_CACHE, Denoiser
+from .experts import Router
 from .layers import Layer, RMSNorm
 from .rotary import rotary_frequencies, rotary_table
 from .visibility import KeyValueCache, Rule
@@ -30,13 +32,14 @@ class MegatronDLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["Layer"]  # noqa: RUF012 - read by transformers
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["expert_bias"]  # noqa: RUF012 - it moves by small steps
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, RMSNorm):
+        if isinstance(module, (RMSNorm, Router)):
             module.reset()
 
 
@@ -75,6 +78,8 @@ class MegatronDLMModel(MegatronDLMPreTrainedModel):
         **_: Any,
     ) -> BaseModelOutput:
         """Hidden states [b, s, h]; the arguments are those of `MegatronDLMForCausalLM`."""
+        if cache is not None and self.config.routes_whole_rows:
+            raise ValueError(NO_CACHE)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         seen, counted = self.rule.visibility(
             hidden,

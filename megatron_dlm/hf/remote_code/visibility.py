@@ -49,7 +49,7 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Visibility:
-    """What attention is told."""
+    """What attention is told, and experts."""
 
     mask: Tensor | None
     """bool [b, 1, s, L], True is seen; None where every slot is, or all up to the own one."""
@@ -58,6 +58,8 @@ class Visibility:
     cache: KeyValueCache | None = None
     slots: Tensor | None = None
     """int64 [b, s]: where keys and values are stored in the cache."""
+    real: Tensor | None = None
+    """bool [b, s]: not padding; None where nothing is."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,10 @@ class Rule:
         )
         slots = own if slots is None else slots.to(like.device).expand(rows, length)
         query = every.at(slots)
+        own_real = real.gather(1, slots)
         visible = real
         if cache is not None:
-            visible = cache.mark(slots, real.gather(1, slots))
+            visible = cache.mark(slots, own_real)
             visible = visible & real[:, : visible.shape[1]]
         key = every.at(every.place[:, : visible.shape[1]])
         mask = visible[:, None, :] & self._allowed(query, key, doubled=doubled)
@@ -120,7 +123,7 @@ class Rule:
         mask = mask | (key.place[:, None, :] == query.place[:, :, None])
         # Where nothing is hidden the kernels are faster without a mask.
         told = None if bool(mask.all()) else mask[:, None]
-        return Visibility(told, cache=cache, slots=slots), query.count
+        return Visibility(told, cache=cache, slots=slots, real=own_real), query.count
 
     def _check_doubled(self, length: int, cache: KeyValueCache | None) -> None:
         if self.pattern != "block" or cache is not None or length % 2:

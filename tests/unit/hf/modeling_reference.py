@@ -27,7 +27,8 @@ def reference_logits(
         normed = _norm(config, x, own["input_layernorm.weight"])
         x = x + config.residual_multiplier * _attention(config, own, normed, positions, sees)
         normed = _norm(config, x, own["post_attention_layernorm.weight"])
-        x = x + config.residual_multiplier * _mlp(config, own, normed)
+        mix = _experts if "mlp.gate.weight" in own else _mlp
+        x = x + config.residual_multiplier * mix(config, own, normed)
     table = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
     return _norm(config, x, weights["model.norm.weight"]) @ table.T * config.output_multiplier
 
@@ -86,9 +87,10 @@ def _rotated(x: Array, positions: list[int], base: float) -> Array:
     return np.concatenate([turned.real, turned.imag], axis=1)
 
 
-def _mlp(config: Any, own: dict[str, Array], x: Array) -> Array:
+def _mlp(config: Any, own: dict[str, Array], x: Array, prefix: str = "mlp") -> Array:
     def project(name: str, x: Array) -> Array:
-        return x @ own[f"mlp.{name}_proj.weight"].T + own.get(f"mlp.{name}_proj.bias", 0.0)
+        bias = own.get(f"{prefix}.{name}_proj.bias", 0.0)
+        return x @ own[f"{prefix}.{name}_proj.weight"].T + bias
 
     if config.gated_mlp:
         gate = project("gate", x)
@@ -96,3 +98,54 @@ def _mlp(config: Any, own: dict[str, Array], x: Array) -> Array:
     else:
         inner = np.maximum(project("up", x), 0.0) ** 2
     return project("down", inner)
+
+
+def _experts(config: Any, own: dict[str, Array], x: Array) -> Array:
+    """Token by token; x [T, h] is one row."""
+    logits = x @ own["mlp.gate.weight"].T
+    takes = _taken_by_experts if config.moe_routing == "expert_choice" else _taken_by_tokens
+    summed = np.zeros_like(x)
+    for slot, experts in enumerate(takes(config, own, logits)):
+        gates = _gates(config, logits[slot], experts)
+        scales = config.moe_count_scales or [1.0] * (config.num_experts + 1)
+        for expert, gate in zip(experts, gates, strict=True):
+            out = _mlp(config, own, x[slot], f"mlp.experts.{expert}")
+            summed[slot] += scales[len(experts)] * gate * out
+        if config.shared_expert_intermediate_size:
+            share = 1.0
+            if config.shared_expert_gate:
+                share = _sigmoid(own["mlp.shared_expert_gate.weight"][0] @ x[slot])
+            summed[slot] += share * _mlp(config, own, x[slot], "mlp.shared_expert")
+    return summed
+
+
+def _taken_by_tokens(config: Any, own: dict[str, Array], logits: Array) -> list[list[int]]:
+    scores = _sigmoid(logits) if config.moe_score_function == "sigmoid" else logits
+    scores = scores + own.get("mlp.gate.expert_bias", 0.0)
+    return [list(np.argsort(-row, kind="stable")[: config.num_experts_per_tok]) for row in scores]
+
+
+def _taken_by_experts(config: Any, own: dict[str, Array], logits: Array) -> list[list[int]]:
+    scores = _softmax(logits) if config.moe_pre_softmax else logits
+    count = max(1, len(logits) * config.num_experts_per_tok // config.num_experts)
+    best = [set(np.argsort(-column, kind="stable")[:count]) for column in scores.T]
+    return [[e for e, slots in enumerate(best) if slot in slots] for slot in range(len(logits))]
+
+
+def _gates(config: Any, logits: Array, experts: list[int]) -> Array:
+    chosen = logits[experts]
+    if config.moe_score_function == "sigmoid":
+        is_one_of_many = config.moe_routing == "token_choice" and len(experts) == 1
+        return _sigmoid(chosen) / (1.0 if is_one_of_many else _sigmoid(chosen).sum())
+    if config.moe_pre_softmax:
+        return _softmax(logits)[experts]
+    return _softmax(chosen) if experts else chosen
+
+
+def _softmax(x: Array) -> Array:
+    shares = np.exp(x - x.max(-1, keepdims=True))
+    return shares / shares.sum(-1, keepdims=True)
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))

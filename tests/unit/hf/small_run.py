@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from megatron_dlm.checkpoint.writer import write_checkpoint
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import RunConfig
-from megatron_dlm.hf.checkpoint_writer import write_checkpoint
 from megatron_dlm.hf.mapping import CheckpointTensor, checkpoint_tensors
 from megatron_dlm.models.accounting import count_parameters
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from forged_manifest import forge
 from small_run import write_run
 
 from megatron_dlm.checkpoint import retention
-from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint, model_of
+from megatron_dlm.checkpoint.find import find_checkpoint, model_of
+from megatron_dlm.hf.checkpoint_reader import CheckpointReader
 from megatron_dlm.hf.load import load_model
 
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
@@ -26,11 +28,6 @@ def run(tmp_path: Path) -> Path:
 
 def checkpoint_of(run: Path) -> Path:
     return run / "checkpoints" / "iter_0000000"
-
-
-def edit_manifest(run: Path, **changes: Any) -> None:
-    path = checkpoint_of(run) / retention.MANIFEST_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_rows_are_stretches_of_the_whole(run: Path) -> None:
@@ -78,6 +75,9 @@ def test_a_file_that_is_missing_or_short(run: Path) -> None:
 def test_a_file_with_other_bytes(run: Path) -> None:
     path = checkpoint_of(run) / "__0_0.distcp"
     path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(ValueError, match=r"iter_0000000 is damaged: __0_0.distcp does not have"):
+        load_model(run)
+    forge(checkpoint_of(run))
     with pytest.raises(ValueError, match=r"__0_0.distcp: embedding.word_embeddings.weight cannot"):
         load_model(run)
 
@@ -106,6 +106,7 @@ def test_hostile_tensor_is_not_run(run: Path, tmp_path: Path) -> None:
     with path.open("wb") as stream:
         torch.save(_Hostile(tmp_path / "owned"), stream)
         stream.write(b"\0" * (size - stream.tell()))
+    forge(checkpoint_of(run))
     with pytest.raises(ValueError, match=r"__0_0.distcp: .* cannot be read"):
         load_model(run)
     assert not (tmp_path / "owned").exists()
@@ -115,7 +116,7 @@ def test_shapes_that_the_configuration_does_not_imply(run: Path) -> None:
     manifest = json.loads((checkpoint_of(run) / retention.MANIFEST_NAME).read_text())
     config = manifest["config"]
     config["model"]["ffn_hidden_size"] = 32
-    edit_manifest(run, config=config)
+    forge(checkpoint_of(run), config=config)
     with pytest.raises(ValueError, match=r"fc1.weight has shape \[2, 48, 16\], .* \[2, 64, 16\]"):
         load_model(run)
 
@@ -124,7 +125,7 @@ def test_a_newer_format(run: Path) -> None:
     manifest = json.loads((checkpoint_of(run) / retention.MANIFEST_NAME).read_text())
     config = manifest["config"]
     config["model"]["num_hyperconnections"] = 4
-    edit_manifest(run, config=config)
+    forge(checkpoint_of(run), config=config)
     with pytest.raises(ValueError, match=r"newer megatron-dlm: ModelConfig has no num_hyper.*"):
         model_of(find_checkpoint(run))
 
@@ -133,7 +134,7 @@ def test_an_older_manifest_means_the_defaults(run: Path) -> None:
     manifest = json.loads((checkpoint_of(run) / retention.MANIFEST_NAME).read_text())
     config = manifest["config"]
     del config["model"]["kv_channels"], config["model"]["rope_scaling_factor"]
-    edit_manifest(run, config=config)
+    forge(checkpoint_of(run), config=config)
     assert model_of(find_checkpoint(run))[0].kv_channels is None
 
 

@@ -14,9 +14,10 @@ import torch
 import yaml
 from small_run import write_run
 
+from megatron_dlm.checkpoint.find import find_checkpoint, model_of
 from megatron_dlm.config.hf_commands import ExportConfig, ImportConfig
 from megatron_dlm.config.objective import ObjectiveConfig
-from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint, model_of
+from megatron_dlm.hf.checkpoint_reader import CheckpointReader
 from megatron_dlm.hf.export import export
 from megatron_dlm.hf.importing import import_model
 from megatron_dlm.hf.load import load_model

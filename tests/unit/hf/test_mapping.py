@@ -11,24 +11,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.config.moe import MoEConfig
 from megatron_dlm.hf.mapping import checkpoint_tensors, exported_tensors
 from megatron_dlm.models.accounting import count_parameters
 
 
 @st.composite
+def mixtures(draw: st.DrawFn) -> MoEConfig:
+    if draw(st.booleans()):
+        return MoEConfig()
+    num_experts, shared = draw(st.integers(2, 5)), draw(st.sampled_from([0, 4]))
+    is_sigmoid = draw(st.booleans())
+    return MoEConfig(
+        num_experts=num_experts,
+        ffn_hidden_size=draw(st.sampled_from([None, 3])),
+        num_dense_layers=draw(st.integers(0, 1)),
+        score_function="sigmoid" if is_sigmoid else "softmax",
+        expert_bias=is_sigmoid and draw(st.booleans()),
+        shared_expert_ffn_hidden_size=shared,
+        shared_expert_gate=shared > 0 and draw(st.booleans()),
+    )
+
+
+@st.composite
 def models(draw: st.DrawFn) -> ModelConfig:
+    moe = draw(mixtures())
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     heads, size = groups * per_group, 2 * draw(st.integers(1, 3))
     is_plain, has_norm = draw(st.booleans()), draw(st.booleans())
     return ModelConfig(
-        num_layers=draw(st.integers(1, 3)),
+        num_layers=draw(st.integers(1 + moe.num_dense_layers, 3)),
+        moe=moe,
         hidden_size=heads * size if is_plain else 10,
         num_attention_heads=heads,
         num_query_groups=groups,
         kv_channels=None if is_plain else size,
         ffn_hidden_size=draw(st.integers(1, 9)),
         activation=draw(st.sampled_from(["swiglu", "gelu", "squared_relu"])),
-        mlp_bias=draw(st.booleans()),
+        mlp_bias=not moe.is_moe and draw(st.booleans()),
         qk_layernorm=has_norm,
         qk_layernorm_scope=draw(st.sampled_from(["head", "full"])) if has_norm else "head",
         attention_sink=draw(st.booleans()),
@@ -62,7 +82,8 @@ def test_every_row_is_there_once_on_both_sides(model: ModelConfig) -> None:
 @given(models())
 def test_sizes_add_up(model: ModelConfig) -> None:
     """The count of parameters is made elsewhere, from the configuration alone."""
-    num_stored = sum(int(np.prod(tensor.shape)) for tensor in checkpoint_tensors(model))
+    stored = [tensor for tensor in checkpoint_tensors(model) if not tensor.is_fp32]  # no parameter
+    num_stored = sum(int(np.prod(tensor.shape)) for tensor in stored)
     assert num_stored == count_parameters(model).total
 
 
@@ -140,3 +161,43 @@ def test_shapes_of_options() -> None:
     assert shapes[f"{name}.self_attn.sink_key"] == (2, 6)
     assert shapes[f"{name}.mlp.gate_proj.bias"] == shapes[f"{name}.mlp.up_proj.bias"] == (20,)
     assert shapes[f"{name}.mlp.down_proj.bias"] == (16,)
+
+
+def test_names_of_experts() -> None:
+    moe = MoEConfig(
+        num_experts=2, num_dense_layers=1, score_function="sigmoid", expert_bias=True,
+        ffn_hidden_size=6, shared_expert_ffn_hidden_size=5, shared_expert_gate=True,
+    )  # fmt: skip
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=8,
+        num_attention_heads=2,
+        ffn_hidden_size=20,
+        vocab_size=9,
+        moe=moe,
+    )
+    stored = {(tensor.key, tensor.layer): tensor.shape for tensor in checkpoint_tensors(model)}
+    mlp = "decoder.layers.1.mlp"
+    assert stored[f"{mlp}.experts.experts.linear_fc1.weight", 1] == (12, 8)
+    assert stored[f"{mlp}.shared_experts.linear_fc2.weight", None] == (8, 5)
+    assert stored["decoder.layers.0.mlp.linear_fc1.weight", None] == (40, 8)
+    assert ("decoder.layers.0.mlp.linear_fc1.layer_norm_weight", None) in stored
+    assert ("decoder.layers.1.pre_mlp_layernorm.weight", None) in stored
+    shapes = {
+        tensor.name.removeprefix("model.layers.1.mlp."): tensor.shape
+        for tensor in exported_tensors(model)
+        if ".1.mlp" in tensor.name
+    }
+    expert = {"gate_proj.weight": (6, 8), "up_proj.weight": (6, 8), "down_proj.weight": (8, 6)}
+    assert shapes == {
+        "gate.weight": (2, 8),
+        "gate.expert_bias": (2,),
+        **{f"experts.{n}.{name}": shape for n in range(2) for name, shape in expert.items()},
+        "shared_expert.gate_proj.weight": (5, 8),
+        "shared_expert.up_proj.weight": (5, 8),
+        "shared_expert.down_proj.weight": (8, 5),
+        "shared_expert_gate.weight": (1, 8),
+    }
+    assert [tensor.name for tensor in exported_tensors(model) if tensor.is_fp32] == [
+        "model.layers.1.mlp.gate.expert_bias"
+    ]
