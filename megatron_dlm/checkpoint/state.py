@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_dlm.models.build import LanguageModel, sharding_metadata
@@ -23,6 +24,10 @@ class TrainState:
     """Finished optimizer updates."""
     pending_metrics: dict[str, list[float]] = field(default_factory=dict)
     """name -> [sum, count] of metrics not yet logged when the checkpoint was taken."""
+    skipped: list[list[int]] = field(default_factory=list)
+    """[first, last] batches that no update takes, after rollbacks; see skipped_batches.py."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last steps, where loss spikes are looked for."""
 
 
 def model_state(models: Sequence[LanguageModel], parallel: ParallelContext) -> dict[str, Any]:
@@ -32,12 +37,6 @@ def model_state(models: Sequence[LanguageModel], parallel: ParallelContext) -> d
         f"model{number}": model.sharded_state_dict(metadata=metadata)
         for number, model in enumerate(models)
     }
-
-
-def restore_model(models: Sequence[LanguageModel], loaded: Mapping[str, Any]) -> None:
-    """Copy loaded weights into all model chunks."""
-    for number, model in enumerate(models):
-        model.load_state_dict(loaded[f"model{number}"])
 
 
 def optimizer_state(
@@ -56,9 +55,9 @@ def optimizer_state(
     for number, part in enumerate(optimizer_parts(optimizer)):
         if is_loading:
             _prime(part)
-        sharded = part.sharded_state_dict(dict(model), is_loading=is_loading, metadata=metadata)
-        if sharded["param_state"] is not None:  # None: another data-parallel rank saves it
-            state[f"optimizer{number}"] = sharded["param_state"]
+        sharded = part.sharded_param_state_fully_reshardable(dict(model), is_loading, metadata)
+        if sharded is not None:  # None: another data-parallel rank saves it
+            state[f"optimizer{number}"] = sharded
     return state
 
 
@@ -73,24 +72,42 @@ def restore_optimizer(optimizer: MegatronOptimizer, loaded: Mapping[str, Any], s
         states = [state for state in part.optimizer.state.values() if state]
         counters = [state.pop("step", None) for state in states]
         part.load_parameter_state_from_fully_reshardable(loaded[f"optimizer{number}"])
+        _check_moments(part)
         for state, counter in zip(states, counters, strict=True):
             if counter is not None:
                 state["step"] = torch.full_like(counter, float(step))
-        if all(counter is None for counter in counters):  # Transformer Engine's counts per group
+        if not isinstance(part.optimizer, (torch.optim.AdamW, LaProp)):  # these count per group
             for group in part.optimizer.param_groups:
                 group["step"] = step
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The distributed optimizers inside Megatron's, in a fixed order."""
+    """The distributed optimizers inside Megatron's, in a fixed order: of the dense parameters, and
+    of the experts where this stage has some."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if not part.is_stub_optimizer]
+    return [part for part in parts if not part.is_stub_optimizer and part.buffers]
+
+
+def _check_moments(part: DistributedOptimizer) -> None:
+    """What has no place is not loaded, and the run would go on with other moments unawares."""
+    for group in part.optimizer.param_groups:
+        for parameter in group["params"]:
+            state = part.optimizer.state.get(parameter, {})
+            assert {"exp_avg", "exp_avg_sq"} <= state.keys(), (
+                f"moments have no place: {state.keys()}"
+            )
 
 
 def _prime(part: DistributedOptimizer) -> None:
-    """Give a fresh optimizer its state; Megatron Core expects at least one step in it."""
+    """Give a fresh optimizer its state: loading fills only what is there."""
     inner = part.optimizer
-    if inner.state or not isinstance(inner, (torch.optim.AdamW, LaProp)):
+    if inner.state:
+        return
+    if isinstance(inner, HybridDeviceOptimizer):
+        inner.dummy_step()  # a random one; what it changes is loaded
+        return
+    if not isinstance(inner, (torch.optim.AdamW, LaProp)):  # Transformer Engine's or Apex's
+        part.init_state_fn(inner, part.config)
         return
     for group in inner.param_groups:
         for parameter in group["params"]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import queue
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -34,17 +35,17 @@ from megatron_dlm.checkpoint.state import (
     TrainState,
     model_state,
     optimizer_state,
-    restore_model,
     restore_optimizer,
 )
+from megatron_dlm.checkpoint.tensor_reader import stored_names
+from megatron_dlm.checkpoint.writer_report import WriterReport
 from megatron_dlm.config.architecture import ModelConfig, weight_settings
 from megatron_dlm.config.schema import CheckpointConfig
 from megatron_dlm.models.build import LanguageModel
 from megatron_dlm.runtime.errors import AgreedError
-from megatron_dlm.runtime.files import write_whole
 from megatron_dlm.runtime.parallel import ParallelContext
+from megatron_dlm.runtime.processes import end_with_parent
 
-FORMAT = 1
 _DISK_MARGIN_BYTES = 64 << 20
 
 
@@ -78,7 +79,7 @@ class CheckpointStore:
         self._subject = subject
         self._description = dict(description)
         # Where writers report to; Megatron Core would start a server process for it.
-        filesystem_async._results_queue = _WriterReport()
+        self._report = filesystem_async._results_queue = WriterReport()
         self._queue = AsyncCallsQueue(persistent=False) if config.asynchronous else None
 
     def save(self, state: TrainState) -> None:
@@ -90,11 +91,13 @@ class CheckpointStore:
         parallel = self._subject.parallel
         model = model_state(self._subject.models, parallel)
         optimizer = optimizer_state(self._subject.optimizer, model, parallel, is_loading=False)
-        target = self._root / retention.directory_name(state.step)
-        unfinished = target.with_name(target.name + retention.UNFINISHED_SUFFIX)
+        # A name of its own: a writer that outlived a killed run may still write under the old one.
+        name = f"{retention.directory_name(state.step)}.{parallel.from_main(uuid.uuid4().hex[:8])}"
+        unfinished = self._root / f"{name}{retention.UNFINISHED_SUFFIX}"
         with parallel.failing_together():
             if parallel.is_main:
                 self._make_room(unfinished)
+        self._report.expect(unfinished)
         with self._explaining_failures():
             request = dist_checkpointing.save(
                 {**model, **optimizer, "train_state": asdict(state)},
@@ -102,9 +105,11 @@ class CheckpointStore:
                 async_sharded_save=self._queue is not None,
             )
         if self._queue is None:
-            self._publish(unfinished, target, state.step)
+            self._publish(unfinished, state.step)
         else:
-            request.add_finalize_fn(lambda: self._publish(unfinished, target, state.step))
+            if request.async_fn is not None:  # this rank has something to write
+                request = request._replace(async_fn=partial(_write_with_parent, request.async_fn))
+            request.add_finalize_fn(lambda: self._publish(unfinished, state.step))
             self._queue.schedule_async_request(request)
 
     def finish_if_written(self) -> None:
@@ -121,6 +126,7 @@ class CheckpointStore:
 
     def _make_room(self, unfinished: Path) -> None:
         self._root.mkdir(parents=True, exist_ok=True)
+        retention.remove_unfinished(self._root)  # of saves that failed
         parameters = int(self._description["num_parameters"])
         # Weights in training precision (at most 4 bytes), fp32 weights and two fp32 moments.
         needed = 16 * parameters + _DISK_MARGIN_BYTES
@@ -131,19 +137,18 @@ class CheckpointStore:
                 f"{needed / 1e9:.2f} GB; free some space and start again: the run continues from "
                 "its newest checkpoint"
             )
-        shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
 
-    def _publish(self, unfinished: Path, target: Path, step: int) -> None:
-        with self._subject.parallel.failing_together():
-            if self._subject.parallel.is_main:
-                retention.write_manifest(
-                    unfinished, {"format": FORMAT, "step": step, **self._description}
-                )
-                if target.exists():
-                    shutil.rmtree(target)
-                unfinished.rename(target)
-                write_whole(self._root / retention.LATEST_NAME, f"{step}\n")
+    def _publish(self, unfinished: Path, step: int) -> None:
+        parallel = self._subject.parallel
+        sums: list[dict[str, str]] = [{}] * parallel.world_size
+        dist.all_gather_object(sums, self._report.checksums, group=parallel.control_group)
+        with parallel.failing_together():
+            if parallel.is_main:
+                content = {"step": step, "world_size": parallel.world_size, **self._description}
+                checksums = {name: value for part in sums for name, value in part.items()}
+                retention.write_manifest(unfinished, content, checksums)
+                retention.publish(unfinished, step)
                 retention.remove_old(
                     self._root,
                     keep_last=self._config.keep_last,
@@ -170,30 +175,10 @@ class CheckpointStore:
         )
 
 
-class _WriterReport:
-    """The report of the one save under way, from a forked writer to this process.
-
-    An unnamed file, not a multiprocessing.Manager: its server would die of a signal to the process
-    group, and outlive this process when that is killed.
-    """
-
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as this
-
-    def put(self, report: Any) -> None:
-        """Called by the writer, with offset and file shared with the parent."""
-        self._file.write(pickle.dumps(report))
-
-    def get_nowait(self) -> Any:
-        """The report, once; queue.Empty if a writer died before it wrote one."""
-        self._file.seek(0)
-        content = self._file.read()
-        self._file.seek(0)
-        self._file.truncate()
-        try:
-            return pickle.loads(content)
-        except (EOFError, pickle.UnpicklingError):
-            raise queue.Empty from None
+def _write_with_parent(write: Callable[..., None], *arguments: Any) -> None:
+    """In the forked writer: a copy of all weights must not outlive a training that was killed."""
+    end_with_parent()
+    write(*arguments)
 
 
 def load(checkpoint: Checkpoint, subject: Checkpointed) -> TrainState:
@@ -207,8 +192,9 @@ def load(checkpoint: Checkpoint, subject: Checkpointed) -> TrainState:
         return TrainState(step=checkpoint.step)
     model = model_state(subject.models, subject.parallel)
     optimizer = optimizer_state(subject.optimizer, model, subject.parallel, is_loading=True)
-    loaded = _read(checkpoint.path, {**model, **optimizer}, subject.parallel)
-    restore_model(subject.models, loaded)
+    asked = {**without_absent_extras(model, checkpoint.path), **optimizer}
+    loaded = _read(checkpoint.path, asked, subject.parallel)
+    _restore_weights(subject.models, loaded)
     state = TrainState(**loaded["train_state"])
     restore_optimizer(subject.optimizer, loaded, state.step)
     return state
@@ -223,7 +209,30 @@ def load_weights(
         name: {key: place for key, place in chunk.items() if not key.endswith("_extra_state")}
         for name, chunk in model_state(models, parallel).items()
     }
-    loaded = _read(checkpoint.path, state, parallel)
+    _restore_weights(models, _read(checkpoint.path, state, parallel))
+
+
+def without_absent_extras(model: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What to ask of a checkpoint: of what layers keep besides weights, only what it holds.
+
+    Transformer Engine's layers keep FP8 scales, which a checkpoint of other layers does not have;
+    they start afresh.
+    """
+    if not any(key.endswith("_extra_state") for chunk in model.values() for key in chunk):
+        return dict(model)
+    names = stored_names(path)
+    return {
+        name: {
+            key: place
+            for key, place in chunk.items()
+            if not key.endswith("_extra_state") or place.key in names
+        }
+        for name, chunk in model.items()
+    }
+
+
+def _restore_weights(models: Sequence[LanguageModel], loaded: Mapping[str, Any]) -> None:
+    """Copy loaded weights into all model chunks."""
     for number, model in enumerate(models):
         missing, unexpected = model.load_state_dict(loaded[f"model{number}"], strict=False)
         missing = [key for key in missing if not key.endswith("_extra_state")]

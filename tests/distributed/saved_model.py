@@ -94,8 +94,8 @@ def save_in_ranks(
 
 def megatron_logits(path: Path, tokens: np.ndarray, precision: str = "fp32") -> np.ndarray:
     """Logits [b, s, vocab_size] of Megatron's model, loaded by Megatron; runs inside one rank."""
+    from megatron_dlm.checkpoint.find import find_checkpoint, model_of
     from megatron_dlm.checkpoint.store import load_weights
-    from megatron_dlm.hf.checkpoint_reader import find_checkpoint, model_of
     from megatron_dlm.models.build import build_model
     from megatron_dlm.runtime.device import open_device
     from megatron_dlm.runtime.parallel import laid_out

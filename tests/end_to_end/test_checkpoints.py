@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import arguments, assert_same_curves, latest, published, run_here, start_ranks
+from forged_manifest import forge
 from tiny_corpus import TinyCorpus
 
 
@@ -28,7 +28,7 @@ def two_checkpoints(tiny_corpus: TinyCorpus, tmp_path: Path) -> tuple[Path, list
     return run, command
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest", "a flipped bit"])
 def test_damaged_checkpoint_is_passed_over(
     damage: str,
     two_checkpoints: tuple[Path, list[str]],
@@ -43,6 +43,11 @@ def test_damaged_checkpoint_is_passed_over(
         os.truncate(largest, largest.stat().st_size // 2)
     elif damage == "missing":
         largest.unlink()
+    elif damage == "a flipped bit":
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+        (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\x00")
     else:
         (newest / "megatron_dlm.json").unlink()
     assert run_here(command) == 0
@@ -51,6 +56,7 @@ def test_damaged_checkpoint_is_passed_over(
     assert (largest.name if damage != "no manifest" else "megatron_dlm.json") in output
     assert f"continuing from {checkpoint_files(run, 4)}" in output
     assert published(run) == [4, 8, 12]
+    assert latest(run) == 12
     whole = tmp_path / "whole"
     assert run_here([*command, f"--train.output_dir={whole}"]) == 0
     assert_same_curves(whole, run, tolerance=0)
@@ -80,7 +86,7 @@ def test_hostile_pickle_is_refused(
         path.write_bytes(pickle.dumps(RunsCode(mark)))
     else:
         torch.save({"train_state": RunsCode(mark)}, path)
-    pretend_sizes_are_right(path.parent)
+    forge(path.parent)
     assert run_here(command) == 2
     errors = capsys.readouterr().err
     (line,) = [line for line in errors.splitlines() if line.startswith("megatron-dlm ")]
@@ -90,27 +96,34 @@ def test_hostile_pickle_is_refused(
     assert published(run) == [4, 8]
 
 
-def pretend_sizes_are_right(checkpoint: Path) -> None:
-    """What whoever forges a file would do to the manifest."""
-    manifest = checkpoint / "megatron_dlm.json"
-    content = json.loads(manifest.read_text())
-    content["file_bytes"] = {
-        name: (checkpoint / name).stat().st_size for name in content["file_bytes"]
-    }
-    manifest.write_text(json.dumps(content))
-
-
 def test_scrambled_weights_are_an_error_not_a_start_from_scratch(
     two_checkpoints: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Same sizes, other bytes: reading fails, the user is told which checkpoint to move away."""
+    """Sizes and sums are forged: reading fails, the user is told which checkpoint to move away."""
     run, command = two_checkpoints
     for path in checkpoint_files(run, 8).glob("*.distcp"):
         path.write_bytes(bytes(path.stat().st_size))
+    assert run_here([*command, "--checkpoint.verify=sizes"]) == 2
+    forge(checkpoint_files(run, 8))
+    capsys.readouterr()
     assert run_here(command) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"{checkpoint_files(run, 8)} cannot be read" in line
     assert "move it away" in line
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_stops(
+    two_checkpoints: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, command = two_checkpoints
+    (checkpoint_files(run, 4) / "common.pt").unlink()
+    (checkpoint_files(run, 8) / ".metadata").write_bytes(b"")
+    assert run_here(command) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    for part in ("none is sound", "common.pt", ".metadata", "train.resume never"):
+        assert part in line
+    assert run_here([*command, "--train.resume=never", "--train.steps=4"]) == 0
+    assert published(run) == [4]
 
 
 def test_asynchronous_saves_publish_and_resume(tiny_corpus: TinyCorpus, tmp_path: Path) -> None:

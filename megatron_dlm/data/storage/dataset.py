@@ -21,7 +21,7 @@ import numpy as np
 
 from megatron_dlm.data.storage.manifest import HeldOut, Manifest
 from megatron_dlm.data.storage.shards import Shard
-from megatron_dlm.runtime.files import write_whole
+from megatron_dlm.runtime.files import contained, write_whole
 
 FORMAT = 1
 # A mapped shard holds two file descriptors; this many are left to everything else.
@@ -143,7 +143,7 @@ def read_list(prefix: str | os.PathLike[str]) -> tuple[list[ShardEntry], Facts]:
             raise ValueError(f"format {fields['format']}, this version reads {FORMAT}")
         facts = _facts_from_json(fields["facts"])
         entries = [
-            ShardEntry(**{**shard, "prefix": str(path.parent / shard["prefix"])})
+            ShardEntry(**{**shard, "prefix": _prefix_below(path.parent, shard["prefix"])})
             for shard in fields["shards"]
         ]
         _check_counts(entries, fields)
@@ -157,7 +157,8 @@ def write_dataset(
 ) -> Dataset:
     """List the shards that hold text in `<prefix>.dataset.json`; see `describe` for errors.
 
-    Raises ValueError where a shard has the name of the list: the prefix would mean two things.
+    Raises ValueError where a shard has the name of the list (the prefix would mean two things), or
+    lies in a directory that is not below the list's.
     """
     path = dataset_path(prefix)
     refuse_shard_named_like_list(prefix)
@@ -165,8 +166,7 @@ def write_dataset(
     entries = [entry for entry in entries if entry.tokens]
     base = path.parent.resolve()
     listed = [
-        {**asdict(entry), "prefix": os.path.relpath(Path(entry.prefix).resolve(), base)}
-        for entry in entries
+        {**asdict(entry), "prefix": _relative_prefix(path, base, entry.prefix)} for entry in entries
     ]
     content = {
         "format": FORMAT,
@@ -178,6 +178,25 @@ def write_dataset(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(content, indent=1) + "\n")
     return Dataset(os.fspath(prefix), entries, facts)
+
+
+def _prefix_below(directory: Path, prefix: str) -> str:
+    """The path of a listed shard. ValueError where it, or a file of it, is elsewhere."""
+    for suffix in (".bin", ".idx"):
+        contained(directory, f"{prefix}{suffix}")
+    return str(directory / prefix)
+
+
+def _relative_prefix(path: Path, base: Path, prefix: str) -> str:
+    # Of the files, not of the prefix: they may be links to another place.
+    file = Path(f"{prefix}.bin").resolve()
+    if not file.is_relative_to(base):
+        raise ValueError(
+            f"shard {file} is not below {base}, where {path.name} would be; a list only names "
+            "shards below itself: choose an output_prefix in a directory above them all, or "
+            "--copy true"
+        )
+    return os.path.relpath(Path(prefix).resolve(), base)
 
 
 def refuse_shard_named_like_list(prefix: str | os.PathLike[str]) -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from small_checkpoints import write_step
 
 from megatron_dlm.checkpoint.retention import Checkpoint
-from megatron_dlm.checkpoint.store import check_description
+from megatron_dlm.checkpoint.store import check_description, without_absent_extras
 from megatron_dlm.config.architecture import ModelConfig, weight_settings
 
 MODEL = ModelConfig(vocab_size=100)
@@ -46,3 +49,19 @@ def test_another_model_or_other_data_do_not() -> None:
         check_description(
             checkpoint_of(said_by(MODEL)), {**said_by(MODEL), "data": {"digest": "e"}}
         )
+
+
+def test_extras_are_asked_for_only_where_they_are(tmp_path: Path) -> None:
+    """A checkpoint without the FP8 scales that Transformer Engine's layers keep."""
+    weights = {"layer.weight": torch.ones(2), "layer.here._extra_state": torch.ones(3)}
+    path = write_step(tmp_path, 1, weights).path
+    asked = {
+        "model0": {
+            name: ShardedObject(f"layer.{name}", None, (1,), (0,))
+            for name in ("weight", "here._extra_state", "absent._extra_state")
+        }
+    }
+    found = without_absent_extras(asked, path)
+    assert list(found["model0"]) == ["weight", "here._extra_state"]
+    plain = {"model0": {"weight": asked["model0"]["weight"]}}
+    assert without_absent_extras(plain, tmp_path / "is not looked at") == plain
