@@ -1,5 +1,6 @@
-"""Parameters, FLOPs and memory of a model, counted from its configuration alone; imports no torch.
+"""Parameters and FLOPs of a model, counted from its configuration alone; imports no torch.
 
+What a rank holds in memory is reckoned in accounting_memory.py.
 Legend: S sequence length, h hidden size, a heads * head size, k key-value heads * head size,
 f MLP width, V padded vocabulary, L layers.
 """
@@ -7,12 +8,11 @@ f MLP width, V padded vocabulary, L layers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import AttentionPattern, ObjectiveConfig
-from megatron_dlm.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,17 @@ class ParameterCount:
     layers: int
     final_norm: int
     output_layer: int
+    idle_experts: int = 0
+    """Numbers of the layers that one token does not meet: experts beyond router_topk."""
 
     @property
     def total(self) -> int:
         return self.embedding + self.layers + self.final_norm + self.output_layer
+
+    @property
+    def active(self) -> int:
+        """What one token meets (expert choice: on average); of a dense model all of it."""
+        return self.total - self.idle_experts
 
     @property
     def non_embedding(self) -> int:
@@ -50,47 +57,21 @@ class FlopCount:
         return self.linear + self.attention + self.output_layer
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one rank at the peak of a step."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    logits: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+def attention_matrices(model: ModelConfig) -> int:
+    """Weights of query, key, value and output of one layer; tensor parallelism splits them."""
+    attention_width, key_value_width = widths(model)
+    return model.hidden_size * (2 * attention_width + 2 * key_value_width)
 
 
-@dataclass(frozen=True)
-class BatchLayout:
-    """What the memory of a rank depends on besides model and parallel sizes."""
-
-    micro_batch_size: int
-    num_micro_batches: int
-    data_parallel_size: int
-    precision: str
-    loss_chunk_slots: int | None = None
-    """Scored slots whose logits exist at once; None is those of a whole micro-batch."""
+def mlp_matrices(model: ModelConfig, inner_size: int) -> int:
+    """Weights of one MLP, dense, expert or shared, of this inner width."""
+    return (3 if model.activation == "swiglu" else 2) * model.hidden_size * inner_size
 
 
-def layer_matrices(model: ModelConfig) -> int:
-    """Weights of one layer that tensor parallelism splits: query, key, value, output, MLP."""
-    attention_width, key_value_width = _widths(model)
-    attention = model.hidden_size * (2 * attention_width + 2 * key_value_width)
-    num_mlp_matrices = 3 if model.activation == "swiglu" else 2
-    return attention + num_mlp_matrices * model.hidden_size * model.ffn_size
-
-
-def layer_vectors_split(model: ModelConfig) -> int:
-    """Other numbers of one layer that tensor parallelism splits: biases, sinks, wide norms."""
-    attention_width, key_value_width = _widths(model)
+def attention_vectors_split(model: ModelConfig) -> int:
+    """Other numbers of one attention that tensor parallelism splits: biases, sinks, wide norms."""
+    attention_width, key_value_width = widths(model)
     numbers = 0
-    if model.mlp_bias:
-        numbers += model.ffn_size * (2 if model.activation == "swiglu" else 1)
     if model.megatron.get("add_qkv_bias"):
         numbers += attention_width + 2 * key_value_width
     if model.qk_layernorm and model.qk_layernorm_scope == "full":
@@ -100,23 +81,57 @@ def layer_vectors_split(model: ModelConfig) -> int:
     return numbers
 
 
-def layer_vectors_whole(model: ModelConfig) -> int:
-    """Numbers of one layer that every TP rank holds whole: norms, and the bias behind the MLP."""
+def inner_bias(model: ModelConfig, inner_size: int) -> int:
+    """Bias in front of the activation of one MLP; it is split with the MLP."""
+    if not model.mlp_bias:
+        return 0
+    return inner_size * (2 if model.activation == "swiglu" else 1)
+
+
+def outer_bias(model: ModelConfig) -> int:
+    """Bias behind one MLP; ranks that share the MLP hold it whole."""
+    return model.hidden_size if model.mlp_bias else 0
+
+
+def norm_gains(model: ModelConfig) -> int:
+    """Gains of the norms of one layer that every TP rank holds whole."""
     norms = 2 * model.hidden_size
     if model.qk_layernorm and model.qk_layernorm_scope == "head":
         norms += 2 * model.head_size
-    return norms + (model.hidden_size if model.mlp_bias else 0)
+    return norms
+
+
+def expert_parameters(model: ModelConfig) -> int:
+    """Numbers of one expert; it has no biases."""
+    return mlp_matrices(model, model.expert_ffn_size)
+
+
+def shared_expert_matrices(model: ModelConfig) -> int:
+    """Weights of the expert that every token meets; tensor parallelism splits them."""
+    return mlp_matrices(model, model.moe.shared_expert_ffn_hidden_size)
+
+
+def router_parameters(model: ModelConfig) -> int:
+    """Scores of one layer's experts, and the gate of the shared one; every rank holds them."""
+    width, moe = model.hidden_size, model.moe
+    return width * (moe.num_experts + (1 if moe.shared_expert_gate else 0))
 
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
     """Trainable numbers of the model; rows that only pad the vocabulary are included."""
     embedding = model.padded_vocab_size * model.hidden_size
-    layer = layer_matrices(model) + layer_vectors_split(model) + layer_vectors_whole(model)
+    inner, num_moe = model.ffn_size, model.num_moe_layers
+    attention = attention_matrices(model) + attention_vectors_split(model) + norm_gains(model)
+    mlp = mlp_matrices(model, inner) + inner_bias(model, inner) + outer_bias(model)
+    expert = expert_parameters(model)
+    moe = router_parameters(model) + shared_expert_matrices(model) + model.moe.num_experts * expert
+    num_dense = model.num_layers - num_moe
     return ParameterCount(
         embedding=embedding,
-        layers=model.num_layers * layer,
+        layers=model.num_layers * attention + num_dense * mlp + num_moe * moe,
         final_norm=model.hidden_size,
         output_layer=embedding if model.untie_embeddings_and_output_weights else 0,
+        idle_experts=num_moe * (model.moe.num_experts - model.moe.router_topk) * expert,
     )
 
 
@@ -189,13 +204,14 @@ def forward_flops_per_token(model: ModelConfig, objective: ObjectiveConfig) -> F
 
     Attention is counted as computed by a kernel that skips what the pattern hides, see
     `visible_keys_per_token`: bidirectional attention costs twice the causal. Blocks run every token
-    twice, noisy and clean. Norms, activations and softmax are not counted.
+    twice, noisy and clean. Experts: router_topk of them per token, as if none dropped a token and
+    none was padded. Norms, activations and softmax are not counted.
     """
-    attention_width, _ = _widths(model)
+    attention_width, _ = widths(model)
     output_rows = model.padded_vocab_size * model.hidden_size
     visible_keys = visible_keys_per_token(model, objective)
     return FlopCount(
-        linear=2.0 * model.num_layers * layer_matrices(model) * slots_per_token(objective),
+        linear=2.0 * _active_matrices(model) * slots_per_token(objective),
         attention=4.0 * model.num_layers * attention_width * visible_keys,
         output_layer=2.0 * output_rows * mean_scored_share(objective),
     )
@@ -207,126 +223,15 @@ def training_flops_per_token(model: ModelConfig, objective: ObjectiveConfig) -> 
     return FlopCount(3 * forward.linear, 3 * forward.attention, 3 * forward.output_layer)
 
 
-def memory_per_rank(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    objective: ObjectiveConfig,
-    batch: BatchLayout,
-) -> MemoryEstimate:
-    """The larger of the first and the last pipeline stage.
-
-    Per parameter: weight 2 bytes (4 in fp32), gradient 4 (reduced in fp32), Adam moments 8 and in
-    bf16 a main copy 4, both shared out over the data-parallel ranks. Activations: see
-    `activation_bytes_per_token`. Not counted: CUDA context, NCCL buffers, fragmentation.
-    """
-    stages = parallel.pipeline_model_parallel_size
-    return max(
-        (
-            _memory_of_stage(model, parallel, objective, batch, is_first=first, is_last=last)
-            for first, last in [(True, stages == 1), (stages == 1, True)]
-        ),
-        key=lambda memory: memory.total,
-    )
-
-
-def activation_bytes_per_token(
-    model: ModelConfig, parallel: ParallelConfig, element_bytes: int
-) -> float:
-    """Bytes that one layer keeps for its backward pass, per slot (see `slots_per_token`).
-
-    Kept per slot, in elements: input and output of both norms (4h, split by sequence parallelism
-    only), and split over TP: query, key, value (a + 2k), the same again where they are normalised
-    (a + k), attention output (a), MLP (3f with a gate, 2f without). Fused attention keeps no S * S
-    scores. Dropout adds a mask of one byte per element. Full recompute keeps the input of a unit.
-    """
-    attention_width, key_value_width = _widths(model)
-    hidden, tensor_size = model.hidden_size, parallel.tensor_model_parallel_size
-    sequence_split = tensor_size if parallel.sequence_parallel else 1
-    if model.recompute_granularity == "full":
-        return element_bytes * hidden / sequence_split / model.recompute_num_layers
-    split = 2 * attention_width + 2 * key_value_width
-    split += attention_width + key_value_width if model.qk_layernorm else 0
-    split += (3 if model.activation == "swiglu" else 2) * model.ffn_size
-    whole = 4 * element_bytes * hidden + (2 * hidden if model.hidden_dropout > 0 else 0)
-    return element_bytes * split / tensor_size + whole / sequence_split
-
-
-def _memory_of_stage(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    objective: ObjectiveConfig,
-    batch: BatchLayout,
-    *,
-    is_first: bool,
-    is_last: bool,
-) -> MemoryEstimate:
-    tensor_size = parallel.tensor_model_parallel_size
-    element_bytes = 2 if batch.precision == "bf16" else 4
-    parameters = stage_parameters(model, parallel, is_first=is_first, is_last=is_last)
-    moments_bytes = 12 if batch.precision == "bf16" else 8
-    tokens = batch.micro_batch_size * model.seq_length / parallel.context_parallel_size
-    slots = tokens * slots_per_token(objective)
-    layers = model.num_layers / parallel.pipeline_model_parallel_size
-    per_layer = activation_bytes_per_token(model, parallel, element_bytes)
-    activations = per_layer * layers * slots * _in_flight(parallel, batch, is_first=is_first)
-    if model.recompute_granularity == "full":  # one unit is being computed again
-        kept_whole = activation_bytes_per_token(_without_recompute(model), parallel, element_bytes)
-        activations += kept_whole * model.recompute_num_layers * slots
-    scored_slots = tokens * mean_scored_share(objective) if is_last else 0.0
-    return MemoryEstimate(
-        weights=parameters * element_bytes,
-        gradients=parameters * 4.0,
-        optimizer=parameters * moments_bytes / batch.data_parallel_size,
-        activations=activations,
-        logits=_logit_bytes(model, batch, scored_slots, tensor_size=tensor_size),
-    )
-
-
-def _logit_bytes(
-    model: ModelConfig, batch: BatchLayout, scored_slots: float, *, tensor_size: int
-) -> float:
-    """A logit is there in the training precision, in fp32 and as a gradient.
-
-    A loss in chunks has only those of one chunk, but also the gradients of all scored hidden states
-    and, in fp32, of the output layer before they join the others.
-    """
-    element_bytes = 2 if batch.precision == "bf16" else 4
-    rows, chunk = model.padded_vocab_size / tensor_size, batch.loss_chunk_slots
-    if chunk is None or scored_slots == 0:
-        return scored_slots * rows * (2 * element_bytes + 4)
-    gradients = model.hidden_size * (element_bytes * scored_slots + 4 * rows)
-    return min(scored_slots, float(chunk)) * rows * (2 * element_bytes + 4) + gradients
-
-
-def stage_parameters(
-    model: ModelConfig, parallel: ParallelConfig, *, is_first: bool, is_last: bool
-) -> float:
-    """Numbers that one rank of a pipeline stage holds."""
-    tensor_size = parallel.tensor_model_parallel_size
-    layers = model.num_layers / parallel.pipeline_model_parallel_size
-    split = layer_matrices(model) + layer_vectors_split(model)
-    parameters = layers * (split / tensor_size + layer_vectors_whole(model))
-    table = model.padded_vocab_size * model.hidden_size / tensor_size
-    # A tied table is one tensor only where both of its ends are on this rank.
-    is_shared = is_first and is_last and not model.untie_embeddings_and_output_weights
-    num_tables = 1 if is_shared else int(is_first) + int(is_last)
-    return parameters + num_tables * table + (model.hidden_size if is_last else 0)
-
-
-def _in_flight(parallel: ParallelConfig, batch: BatchLayout, *, is_first: bool) -> float:
-    """Micro-batches whose activations a stage holds at once (1F1B schedule)."""
-    stages = parallel.pipeline_model_parallel_size
-    depth = float(stages if is_first else 1)
-    chunks = parallel.virtual_pipeline_model_parallel_size
-    if chunks is not None and is_first:  # interleaving starts deeper into the pipeline
-        depth *= 1 + (stages - 1) / (stages * chunks)
-    return min(depth, float(batch.num_micro_batches))
-
-
-def _without_recompute(model: ModelConfig) -> ModelConfig:
-    return replace(model, recompute_granularity="none")
-
-
-def _widths(model: ModelConfig) -> tuple[int, int]:
+def widths(model: ModelConfig) -> tuple[int, int]:
     """(query width, key width = value width)."""
     return model.num_attention_heads * model.head_size, model.query_groups * model.head_size
+
+
+def _active_matrices(model: ModelConfig) -> int:
+    """Weights of all layers that one token is multiplied with."""
+    moe, num_moe = model.moe, model.num_moe_layers
+    dense = mlp_matrices(model, model.ffn_size)
+    routed = moe.router_topk * mlp_matrices(model, model.expert_ffn_size)
+    layers = model.num_layers * attention_matrices(model) + (model.num_layers - num_moe) * dense
+    return layers + num_moe * (routed + router_parameters(model) + shared_expert_matrices(model))

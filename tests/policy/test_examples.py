@@ -17,9 +17,11 @@ from megatron_dlm.models.transformer_config import transformer_config
 from megatron_dlm.runtime.device import open_device
 
 CONFIGS = ROOT / "examples" / "configs"
-# Those of gidd are parts of runs; test_study_examples.py puts them together.
-EXAMPLES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "gidd")
-PUBLISHED = sorted(path.name for path in (CONFIGS / "super_data_learners").glob("*.yaml"))
+# Parts of runs; test_study_examples.py and test_moe_examples.py put them together.
+PARTS = ("gidd", "openmoe2", "gpu")
+EXAMPLES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in PARTS)
+# What these add to, which a user names before them.
+OVER_SDL_1B = ("super_data_learners", "moe")
 PRESETS = sorted((PACKAGE / "config" / "presets").glob("*.yaml"))
 BUDGETS = {"0b5_192e": (0.5, 192), "1b_96e": (1, 96), "1b5_64e": (1.5, 64)}
 BUDGETS |= {"10b_9e6": (10, 9.6), "96b_1e": (96, 1)}
@@ -41,7 +43,7 @@ def tokenizer(tmp_path: Path) -> str:
 def read(path: Path, tokenizer: str, *flags: str) -> RunConfig:
     """The file with the tokenizer of a test in place of one that a user makes."""
     files = ["--config", str(path)]
-    if path.name in PUBLISHED:
+    if path.parent.name in OVER_SDL_1B:
         files = ["--config", "preset:sdl_1b", *files]
     config = parse(RunConfig, [*files, *flags], prog="x")
     if config.data.tokenizer is not None:
@@ -76,9 +78,10 @@ def test_a_published_run_does_not_start_without_its_preset() -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_can_start(path: Path, tokenizer: str, tmp_path: Path) -> None:
     config = read(path, tokenizer)
-    check(resolve(config), config.parallel.model_parallel_size)
+    parallel = config.parallel
+    check(resolve(config), parallel.model_parallel_size * parallel.expert_model_parallel_size)
     transformer_config(  # checks model.megatron against Megatron's own fields
-        config.model, config.parallel, precision=config.train.precision, device=open_device("cpu")
+        config.model, parallel, precision=config.train.precision, device=open_device("cpu")
     )
     dumped = tmp_path / "dumped.yaml"
     dumped.write_text(dump(config))

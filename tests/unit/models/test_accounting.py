@@ -18,15 +18,17 @@ from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.parse import parse
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.models.accounting import (
-    BatchLayout,
-    activation_bytes_per_token,
     count_parameters,
     forward_flops_per_token,
     mean_scored_share,
-    memory_per_rank,
-    stage_parameters,
     training_flops_per_token,
     visible_keys_per_token,
+)
+from megatron_dlm.models.accounting_activations import activation_bytes_per_slot
+from megatron_dlm.models.accounting_memory import (
+    BatchLayout,
+    memory_per_rank,
+    stage_parameters,
 )
 from megatron_dlm.ops.counter_rng import Stream
 
@@ -96,7 +98,7 @@ def test_count_equals_the_built_model(changes: dict[str, Any], ranks: RankPool) 
     model = dataclasses.replace(TINY, **changes)
     (built,) = ranks.run(local_parameters, model, ParallelConfig(), num_ranks=1)
     assert count_parameters(model).total == built
-    assert stage_parameters(model, ParallelConfig(), is_first=True, is_last=True) == built
+    assert stage_parameters(model, ParallelConfig(), 0).total == built
 
 
 @pytest.mark.parametrize(
@@ -108,8 +110,7 @@ def test_share_of_a_rank_equals_the_built_stages(changes: dict[str, Any], ranks:
     model = dataclasses.replace(TINY, **changes)
     parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     built = ranks.run(local_parameters, model, parallel, num_ranks=4)
-    first = stage_parameters(model, parallel, is_first=True, is_last=False)
-    last = stage_parameters(model, parallel, is_first=False, is_last=True)
+    first, last = (stage_parameters(model, parallel, stage).total for stage in (0, 1))
     assert built == [first, first, last, last]
 
 
@@ -263,11 +264,11 @@ def test_activations_by_hand() -> None:
     # h = a = 32, k = 16, f = 128 (8/3 * 32 rounded up to 64): elements per token of one layer.
     assert TINY.ffn_size == 128
     split = (32 + 2 * 16) + (32 + 16) + 32 + 3 * 128
-    assert activation_bytes_per_token(TINY, ParallelConfig(), 2) == 2 * (4 * 32 + split)
+    assert activation_bytes_per_slot(TINY, ParallelConfig(), "bf16") == 2 * (4 * 32 + split)
     tensor = ParallelConfig(tensor_model_parallel_size=2)
-    assert activation_bytes_per_token(TINY, tensor, 2) == 2 * (4 * 32 + split / 2)
+    assert activation_bytes_per_slot(TINY, tensor, "bf16") == 2 * (4 * 32 + split / 2)
     sequence = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
-    assert activation_bytes_per_token(TINY, sequence, 2) == 2 * (4 * 32 + split) / 2
+    assert activation_bytes_per_slot(TINY, sequence, "bf16") == 2 * (4 * 32 + split) / 2
 
 
 def kept_bytes_per_token(model: ModelConfig, num_tokens: int) -> float:
@@ -320,7 +321,7 @@ def test_activations_agree_with_what_autograd_keeps() -> None:
     # Eager kernels also keep what fused ones compute again: silu(gate), and the input of every
     # norm's gain (two of the hidden size, query and key).
     eager_elements = model.ffn_size + 4 * model.hidden_size
-    estimate = activation_bytes_per_token(model, ParallelConfig(), 4) + 4 * eager_elements
+    estimate = activation_bytes_per_slot(model, ParallelConfig(), "fp32") + 4 * eager_elements
     assert kept_bytes_per_token(model, 64) == estimate
 
 
@@ -360,6 +361,6 @@ def test_full_recompute_keeps_the_input_of_each_layer() -> None:
     model = dataclasses.replace(TINY, recompute_granularity="full")
     memory = memory_per_rank(model, ParallelConfig(), ObjectiveConfig(), ALONE)
     tokens = 2 * 16
-    whole_layer = activation_bytes_per_token(TINY, ParallelConfig(), 2)
+    whole_layer = activation_bytes_per_slot(TINY, ParallelConfig(), "bf16")
     assert memory.activations == tokens * (4 * 2 * 32 + whole_layer)
     assert math.isclose(memory.logits, tokens * 0.5 * 128 * (2 + 2 + 4))

@@ -15,6 +15,7 @@ from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.commands import PlanConfig
 from megatron_dlm.config.hardware import GPUS
 from megatron_dlm.config.keys import leaf_types
+from megatron_dlm.config.moe import MoEConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.schema import DataConfig, RunConfig, TrainConfig
 from megatron_dlm.data.storage.dataset import write_dataset
@@ -154,3 +155,51 @@ def test_command_prints_and_writes_the_plan(
     assert written["length"]["steps"] == 183_106
     assert written["memory_bytes"]["optimizer"] > 0
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_experts_are_planned_with_what_a_token_meets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    example = Path(__file__).parents[3] / "examples" / "configs" / "moe" / "8b1a_1b_96e_masked.yaml"
+    output = tmp_path / "plan.json"
+    argv = ["plan", "--config", "preset:sdl_1b", "--config", str(example), "--plan.num_gpus=16"]
+    assert cli.main([*argv, f"--plan.output={output}"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "parameters │ 7.71 B" in text
+    assert "active │ 1.09 B │ 8 of 88 experts" in text
+    assert "DP 16, EP 8" in text
+    written = json.loads(output.read_text())
+    count = written["parameters"]
+    total = sum(count[name] for name in ("embedding", "layers", "final_norm", "output_layer"))
+    active = total - count["idle_experts"]
+    assert written["length"]["flops_6nd"] == 6.0 * active * written["length"]["tokens"]
+    # A rank has 11 of 88 experts; the 2 ranks that hold the same ones share their optimizer.
+    experts = count["idle_experts"] / 80 * 88
+    assert written["memory_bytes"]["gradients"] == 4 * (total - experts * 7 / 8)
+    assert written["memory_bytes"]["optimizer"] == pytest.approx(12 * total / 16)
+
+
+def test_layout_that_cannot_hold_the_experts_is_refused() -> None:
+    moe = MoEConfig(num_experts=6)
+    config = dataclasses.replace(
+        RUN,
+        model=dataclasses.replace(RUN.model, moe=moe),
+        parallel=ParallelConfig(expert_model_parallel_size=4),
+    )
+    with pytest.raises(ValueError, match=r"num_experts 6 is not a multiple of .*size 4"):
+        make_plan(config, MACHINE)
+
+
+def test_memory_options_are_named_beside_their_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    argv = ["plan", "--config", "preset:sdl_1b", "--parallel.grad_reduce_in_fp32=false"]
+    argv += ["--parallel.optimizer_cpu_offload_fraction=0.5"]
+    argv += ["--model.recompute_granularity=selective", "--model.recompute_modules=[mlp,layernorm]"]
+    assert cli.main(argv) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "gradients │ 2.17 GB │ bf16" in text
+    assert "sharded over DP; 50% on the host" in text
+    assert "recompute of mlp, layernorm" in text
