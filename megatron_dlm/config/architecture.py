@@ -13,6 +13,7 @@ from megatron_dlm.config.checks import require, require_fraction, require_positi
 from megatron_dlm.config.moe import WEIGHT_FIELDS as MOE_WEIGHT_FIELDS
 from megatron_dlm.config.moe import MoEConfig
 
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
 MegatronOption = bool | int | float | str | None
 
 
@@ -76,8 +77,15 @@ class ModelConfig:
     untie_embeddings_and_output_weights."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation; auto takes Transformer Engine where it is installed with a GPU."""
+    attention_backend: Literal["auto", "fused", "flash", "unfused", "local"] = "auto"
+    """Kernel of attention: cuDNN's (fused), flash-attn's, or a slow one without memory savings
+    (unfused), all by Transformer Engine; our own (local); auto: the engine's choice where it has
+    one. Soft caps, sinks, blocks and arbitrary masks always take ours."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
-    """Activation recompute: none, selective (core attention), or full (whole layers)."""
+    """Activation recompute: none, selective (recompute_modules), or full (whole layers)."""
+    recompute_modules: list[RecomputeModule] = field(default_factory=lambda: ["core_attn"])
+    """Parts of each layer that recompute_granularity selective runs again in the backward pass:
+    core_attn, mlp, moe, shared_experts; with Transformer Engine also layernorm and moe_act."""
     recompute_num_layers: int = 1
     """Layers per recomputed unit when recompute_granularity is full."""
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -111,6 +119,7 @@ class ModelConfig:
         )
         self._check_heads()
         self._check_output()
+        self._check_recompute()
         require(
             self.moe.num_dense_layers < self.num_layers,
             f"model.moe.num_dense_layers {self.moe.num_dense_layers} leaves none of the "
@@ -152,6 +161,21 @@ class ModelConfig:
             std is None or self.untie_embeddings_and_output_weights,
             f"model.output_init_std is {std}, but the output layer is the embedding; set "
             "model.untie_embeddings_and_output_weights true",
+        )
+
+    def _check_recompute(self) -> None:
+        if self.recompute_granularity != "selective":
+            return
+        require(
+            bool(self.recompute_modules),
+            "model.recompute_modules is empty; name a module or use model.recompute_granularity "
+            "none",
+        )
+        for_experts = {"moe", "moe_act", "shared_experts"} & set(self.recompute_modules)
+        require(
+            not for_experts or self.moe.is_moe,
+            f"model.recompute_modules names {', '.join(sorted(for_experts))}, but the model has no "
+            "experts (model.moe.num_experts 0)",
         )
 
     @property

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from megatron_dlm.config.hardware import GPUS
+from megatron_dlm.runtime.capabilities import NOTHING, Capabilities, probe_gpu
 from megatron_dlm.runtime.processes import num_cores
+from megatron_dlm.runtime.weight_gradients import stand_in
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,12 @@ class Device:
     name: str
     peak_flops: float | None
     """Dense bf16 peak in FLOP/s; None where it is not known (no MFU is reported then)."""
-    has_transformer_engine: bool
+    capabilities: Capabilities = NOTHING
+
+    @property
+    def has_transformer_engine(self) -> bool:
+        """Transformer Engine is installed and there is a GPU for it."""
+        return self.capabilities.transformer_engine is not None
 
     @property
     def is_cuda(self) -> bool:
@@ -31,6 +39,24 @@ class Device:
     def backend(self) -> str:
         """The torch.distributed backend."""
         return "nccl" if self.is_cuda else "gloo"
+
+    def synchronize(self) -> None:
+        """Wait until everything that was started on this device is done; for timing."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.torch_device)
+
+    def memory_bytes(self) -> int:
+        """What tensors take on the GPU now, or on CPU the whole process."""
+        if self.is_cuda:
+            return torch.cuda.memory_allocated(self.torch_device)
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def forget_peak_memory(self) -> None:
+        """Give free memory back and look for the peak anew; a process on the CPU cannot."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
 
 
 def local_rank() -> int:
@@ -71,15 +97,28 @@ def _open_cuda() -> Device:
     torch.cuda.set_device(rank)
     name = torch.cuda.get_device_name(rank)
     peak = next((gpu.peak_flops for part, gpu in GPUS.items() if part in name), None)
-    engine = importlib.util.find_spec("transformer_engine") is not None
-    return Device(torch.device("cuda", rank), name, peak, has_transformer_engine=engine)
+    capabilities = probe_gpu(rank)
+    if capabilities.transformer_engine is not None:
+        stand_in()
+        from megatron_dlm.runtime.cuda import adapt_megatron
+
+        adapt_megatron()
+    return Device(torch.device("cuda", rank), name, peak, capabilities)
 
 
 def _open_cpu() -> Device:
     from megatron_dlm.runtime.cpu import adapt_megatron
 
+    _hide_gpu_libraries()
+    stand_in()
     adapt_megatron()
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, num_cores() // ranks_here))
-    return Device(torch.device("cpu"), "cpu", None, has_transformer_engine=False)
+    return Device(torch.device("cpu"), "cpu", None)
+
+
+def _hide_gpu_libraries() -> None:
+    """Megatron Core would take their norms and optimizers for tensors on the CPU as well."""
+    for name in ("transformer_engine", "apex"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dlm.checkpoint.state import optimizer_parts
 from megatron_dlm.config.optimizer import OptimizerConfig
@@ -27,18 +28,23 @@ from megatron_dlm.models.build import LanguageModel
 from megatron_dlm.models.parametrization import ParameterKind, kind_of, update_settings
 from megatron_dlm.ops.laprop import LaProp
 from megatron_dlm.runtime.parallel import ParallelContext
+from megatron_dlm.training.bucket_padding import keep_bucket_padding
+
+_ONE_RANK = ParallelConfig()
 
 
 def wrap_data_parallel(
     chunks: Sequence[LanguageModel], config: ParallelConfig, parallel: ParallelContext
 ) -> list[DistributedDataParallel]:
-    """Give every chunk gradient buffers that are summed (never averaged) over the DP ranks in fp32.
+    """Give every chunk gradient buffers that are summed (never averaged) over the DP ranks.
 
     Megatron then divides once by the global token count, which is the only normalisation that is
     the same for every split of the batch.
     """
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.grad_reduce_in_fp32,
+        bucket_size=config.bucket_size_parameters,
+        pad_buckets_for_high_nccl_busbw=config.pad_buckets_for_high_nccl_busbw,
         overlap_grad_reduce=config.overlap_grad_reduce,
         overlap_param_gather=config.overlap_param_gather,
         use_distributed_optimizer=True,
@@ -67,27 +73,20 @@ def build_optimizer(
     config: OptimizerConfig,
     *,
     overlap_param_gather: bool,
+    parallel_config: ParallelConfig = _ONE_RANK,
 ) -> MegatronOptimizer:
     """AdamW or LaProp whose state is sharded over the DP ranks, one group per way of learning.
 
-    A parameter whose kind is unknown fails an assertion (see `kind_of`).
+    parallel_config says which share of the state lives on the host. A parameter whose kind is
+    unknown fails an assertion (see `kind_of`).
     """
-    assert not config.adam_beta2_by_batch, "call OptimizerConfig.for_batch first"
     model_config = chunks[0].module.config
     optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.adam_beta1,
-            adam_beta2=config.adam_beta2,
-            adam_eps=config.adam_eps,
-            # The norm is always computed: it is logged and guards against NaN.
-            clip_grad=config.clip_grad or sys.float_info.max,
-            bf16=model_config.bf16,
-            params_dtype=model_config.params_dtype,
-            use_distributed_optimizer=True,
+        megatron_settings(
+            config,
+            model_config,
             overlap_param_gather=overlap_param_gather,
+            offload_fraction=parallel_config.optimizer_cpu_offload_fraction,
         ),
         list(chunks),
         config_overrides=_group_overrides(
@@ -95,6 +94,7 @@ def build_optimizer(
         ),
     )
     for part in optimizer_parts(optimizer):
+        keep_bucket_padding(part)
         if config.kind == "laprop":
             # Megatron Core makes Adam only; its groups of shards and its states serve LaProp too.
             part.optimizer = LaProp.taking_over(part.optimizer)
@@ -104,6 +104,37 @@ def build_optimizer(
                 group.update(fused=True, foreach=False)
     set_learning_rate(optimizer, config.lr)
     return optimizer
+
+
+def megatron_settings(
+    config: OptimizerConfig,
+    model: TransformerConfig,
+    *,
+    overlap_param_gather: bool,
+    offload_fraction: float,
+) -> MegatronOptimizerConfig:
+    """The same optimizer in Megatron Core's words."""
+    assert not config.adam_beta2_by_batch, "call OptimizerConfig.for_batch first"
+    offloads = offload_fraction > 0
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        # The norm is always computed: it is logged and guards against NaN.
+        clip_grad=config.clip_grad or sys.float_info.max,
+        bf16=model.bf16,
+        params_dtype=model.params_dtype,
+        fp8_recipe=model.fp8_recipe if model.fp8 else None,
+        use_distributed_optimizer=True,
+        overlap_param_gather=overlap_param_gather,
+        optimizer_cpu_offload=offloads,
+        optimizer_offload_fraction=offload_fraction,
+        # The optimizer on both devices keeps its fp32 weights itself, as this one does.
+        use_precision_aware_optimizer=offloads,
+    )
 
 
 def _group_overrides(

@@ -11,6 +11,8 @@ from rank_pool import RankPool
 from resume_run import checkpoint_tensors, train_in_ranks, write_shards
 from tiny_run import Layout, layout, model_config
 
+from megatron_dlm.config.architecture import ModelConfig
+from megatron_dlm.config.moe import MoEConfig
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 
@@ -24,10 +26,17 @@ MODEL = model_config(
 )
 # hidden_size 32, 4 layers: lr / 32, decay * 32, 1e-8 / 128.
 EPSILON = {"standard": 1e-8, "completep": 7.8125e-11}
+EXPERTS = model_config(
+    activation="squared_relu",
+    untie_embeddings_and_output_weights=True,
+    moe=MoEConfig(num_experts=4, shared_expert_ffn_hidden_size=32, shared_expert_gate=True),
+)
 LAYOUTS = [layout("one rank", 1), layout("DP2", 2), layout("TP2 x PP2", 4, tp=2, pp=2)]
 
 
-def one_update(where: Layout, optimizer_config: OptimizerConfig) -> dict[str, Any]:
+def one_update(
+    where: Layout, optimizer_config: OptimizerConfig, model: ModelConfig = MODEL
+) -> dict[str, Any]:
     """Settings of the groups, and every parameter before and after an update with gradient 1."""
     from megatron_dlm.models.build import build_model
     from megatron_dlm.runtime.device import open_device
@@ -42,7 +51,7 @@ def one_update(where: Layout, optimizer_config: OptimizerConfig) -> dict[str, An
     with laid_out(where.parallel) as parallel:
         seed_dropout(0, 0, parallel)
         chunks = build_model(
-            MODEL,
+            model,
             where.parallel,
             ObjectiveConfig(),
             precision="fp32",
@@ -71,7 +80,8 @@ def wanted(name: str, parametrization: str) -> tuple[float, float]:
     is_gain_or_bias = "norm" in name or "bias" in name or "sink" in name
     if parametrization == "standard":
         return LR, 0.0 if is_gain_or_bias else DECAY
-    if is_gain_or_bias or "embedding" in name or "output_layer" in name:
+    is_gate = "router" in name or "gate_weight" in name
+    if is_gain_or_bias or is_gate or "embedding" in name or "output_layer" in name:
         return 0.02 * LR, 0.0
     return LR / 32, DECAY * 32
 
@@ -85,6 +95,29 @@ def test_one_update(ranks: RankPool, kind: str, parametrization: str, where: Lay
         kind=kind, lr=LR, weight_decay=DECAY, clip_grad=0.0, parametrization=parametrization
     )
     results = ranks.run(one_update, where, config, num_ranks=where.num_ranks)
+    seen = check_updates(results, parametrization)
+    assert {"mlp.linear_fc1.bias", "mlp.linear_fc2.bias", "output_layer.weight"} <= seen
+    assert {f"self_attention.core_attention.sink_{what}" for what in ("key", "value")} <= seen
+    assert len(seen) == 15, seen
+
+
+@pytest.mark.parametrize("parametrization", ["standard", "completep"])
+@pytest.mark.parametrize("kind", ["adamw", "laprop"])
+def test_one_update_of_experts(ranks: RankPool, kind: str, parametrization: str) -> None:
+    """Under EP they have an optimizer of their own, which gets the same groups."""
+    config = OptimizerConfig(
+        kind=kind, lr=LR, weight_decay=DECAY, clip_grad=0.0, parametrization=parametrization
+    )
+    where = layout("EP2", 2, ep=2)
+    seen = check_updates(
+        ranks.run(one_update, where, config, EXPERTS, num_ranks=2), parametrization
+    )
+    assert {f"mlp.experts.local_experts.{n}.linear_fc1.weight" for n in (0, 1)} <= seen
+    assert {"mlp.router.weight", "mlp.shared_experts.gate_weight"} <= seen
+
+
+def check_updates(results: list[dict[str, Any]], parametrization: str) -> set[str]:
+    """Every parameter moved as it should; returns their names inside a layer."""
     seen = set()
     for result in results:
         for name, before in result["before"].items():
@@ -97,9 +130,7 @@ def test_one_update(ranks: RankPool, kind: str, parametrization: str, where: Lay
         for group in result["groups"]:
             assert group["eps"] == pytest.approx(EPSILON[parametrization])
             assert tuple(group["betas"]) == (0.9, 0.95)
-    assert {"mlp.linear_fc1.bias", "mlp.linear_fc2.bias", "output_layer.weight"} <= seen
-    assert {f"self_attention.core_attention.sink_{what}" for what in ("key", "value")} <= seen
-    assert len(seen) == 15, seen
+    return seen
 
 
 RUN = {

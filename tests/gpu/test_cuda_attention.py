@@ -18,6 +18,7 @@ from megatron_dlm.models.attention import CoreAttention
 from megatron_dlm.models.attention_visibility import BlockDiffusion, Causal, Documents, Hidden
 from megatron_dlm.models.dense_attention import dense_attention
 from megatron_dlm.models.flexible_attention import flexible_attention
+from megatron_dlm.ops.context_parallel import local_slots
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,8 +45,12 @@ def outcome(
     soft_cap: float | None,
     has_sink: bool,
     length: int = LENGTH,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Tensor]:
-    """Output, and the gradient of every input, on the CPU."""
+    """Output, and the gradient of every input, on the CPU; of the queries of one of several ranks.
+
+    share: (rank, ranks) of context parallelism.
+    """
     device = "cuda" if flexible else "cpu"
     generator = torch.Generator().manual_seed(1)
     keys = (BATCH, GROUPS, length, WIDTH)
@@ -59,7 +64,19 @@ def outcome(
         rule = Documents(rule.number.to(device), rule.is_causal)
     sink = (inputs[3], inputs[4]) if has_sink else None
     attend = flexible_attention if flexible else dense_attention
-    output = attend(*inputs[:3], rule, scale=WIDTH**-0.5, soft_cap=soft_cap, sink=sink)
+    rank, size = share
+    places = local_slots(length, torch.device(device), rank=rank, size=size) if size > 1 else None
+    query, key, value = inputs[:3]
+    output = attend(
+        query if places is None else query[:, :, places],
+        key,
+        value,
+        rule,
+        scale=WIDTH**-0.5,
+        places=places,
+        soft_cap=soft_cap,
+        sink=sink,
+    )
     factor = torch.randn(output.shape, generator=generator).to(device)
     (output * factor).sum().backward()
     return [output.detach().cpu()] + [part.grad.cpu() for part in inputs if part.grad is not None]
@@ -79,9 +96,29 @@ def test_lengths_may_change() -> None:
         check(Causal(), soft_cap=3.0, has_sink=True, length=length)
 
 
-def check(rule: Any, *, soft_cap: float | None, has_sink: bool, length: int = LENGTH) -> None:
+@pytest.mark.parametrize("name", RULES)
+def test_queries_of_a_context_parallel_rank(name: str) -> None:
+    torch._dynamo.reset()
+    check(RULES[name], soft_cap=3.0, has_sink=True, share=(1, 2))
+
+
+def check(
+    rule: Any,
+    *,
+    soft_cap: float | None,
+    has_sink: bool,
+    length: int = LENGTH,
+    share: tuple[int, int] = (0, 1),
+) -> None:
     ours, theirs = (
-        outcome(rule, flexible=flexible, soft_cap=soft_cap, has_sink=has_sink, length=length)
+        outcome(
+            rule,
+            flexible=flexible,
+            soft_cap=soft_cap,
+            has_sink=has_sink,
+            length=length,
+            share=share,
+        )
         for flexible in (True, False)
     )
     assert len(ours) == len(theirs) == (6 if has_sink else 4)

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 
+from megatron_dlm.checkpoint.find import find_checkpoint
+from megatron_dlm.checkpoint.writer import write_checkpoint
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import RunConfig
-from megatron_dlm.hf.checkpoint_reader import CheckpointReader, find_checkpoint
-from megatron_dlm.hf.checkpoint_writer import write_checkpoint
+from megatron_dlm.hf.checkpoint_reader import CheckpointReader
 from megatron_dlm.hf.mapping import CheckpointTensor, checkpoint_tensors
 from megatron_dlm.models.accounting import count_parameters
 
