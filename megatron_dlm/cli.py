@@ -83,6 +83,56 @@ COMMANDS = {
         "megatron_dlm.config.hf_commands:ImportConfig",
         "megatron_dlm.hf.importing:import_model",
     ),
+    "checkpoint inspect": (
+        "what a checkpoint holds: step, model, tensors, files",
+        "megatron_dlm.config.checkpoint_commands:CheckpointInspectConfig",
+        "megatron_dlm.checkpoint.inspection:inspect",
+    ),
+    "checkpoint verify": (
+        "read every file of checkpoints and compare its checksum",
+        "megatron_dlm.config.checkpoint_commands:CheckpointVerifyConfig",
+        "megatron_dlm.checkpoint.inspection:verify",
+    ),
+    "checkpoint prune": (
+        "delete old checkpoints of a run",
+        "megatron_dlm.config.checkpoint_commands:CheckpointPruneConfig",
+        "megatron_dlm.checkpoint.pruning:prune",
+    ),
+    "checkpoint average": (
+        "average the weights of several checkpoints into a new one",
+        "megatron_dlm.config.checkpoint_commands:CheckpointAverageConfig",
+        "megatron_dlm.checkpoint.averaging:average",
+    ),
+    "checkpoint upcycle": (
+        "make a dense checkpoint the start of a run with experts",
+        "megatron_dlm.config.upcycle_command:UpcycleConfig",
+        "megatron_dlm.checkpoint.upcycling:upcycle",
+    ),
+    "report": (
+        "curves, settings and events of runs in one HTML file",
+        "megatron_dlm.config.report_command:ReportConfig",
+        "megatron_dlm.launch.report.command:report",
+    ),
+    "study plan": (
+        "expand a study into its runs, and say what they cost",
+        "megatron_dlm.config.study_commands:StudyPlanConfig",
+        "megatron_dlm.scaling.study_plan:plan_study",
+    ),
+    "study run": (
+        "train the runs of a study on this machine, side by side",
+        "megatron_dlm.config.study_commands:StudyRunConfig",
+        "megatron_dlm.launch.study_runner:run_study",
+    ),
+    "study status": (
+        "how far every run of a study is",
+        "megatron_dlm.config.study_commands:StudyStatusConfig",
+        "megatron_dlm.scaling.study_results:status_study",
+    ),
+    "study gather": (
+        "collect the results of a study in one table",
+        "megatron_dlm.config.study_commands:StudyGatherConfig",
+        "megatron_dlm.scaling.study_results:gather_study",
+    ),
     "slurm render": (
         "write the job script of a run",
         "megatron_dlm.config.slurm_commands:SlurmRenderConfig",
@@ -114,6 +164,9 @@ COMMANDS = {
         "megatron_dlm.launch.quickstart:quickstart",
     ),
 }
+
+# The flag that words in front of all flags belong to.
+POSITIONAL = {"report": "--run"}
 
 # Checks that run before torch is imported; each returns the configuration to go on with.
 CHECKS = {"train": "megatron_dlm.config.validate:prepare"}
@@ -162,6 +215,13 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return " ".join(arguments[:num_words]), list(arguments[num_words:])
 
 
+def with_named(name: str, arguments: Sequence[str]) -> list[str]:
+    """The flags of a command whose first words may stand without their flag."""
+    if name in POSITIONAL and arguments and not arguments[0].startswith("--"):
+        return [POSITIONAL[name], *arguments]
+    return list(arguments)
+
+
 def _configure(name: str, arguments: list[str]) -> Any:
     """The checked configuration of a command; None when it was only to be printed."""
     if name not in COMMANDS:
@@ -170,6 +230,7 @@ def _configure(name: str, arguments: list[str]) -> Any:
         group = name.partition(" ")[0]
         known = [known for known in COMMANDS if known.startswith(f"{group} ")] or list(COMMANDS)
         raise ValueError(f"unknown command{suggestion(name, known)} (have: {', '.join(known)})")
+    arguments = with_named(name, arguments)
     print_only = "--print_config" in arguments
     arguments = [argument for argument in arguments if argument != "--print_config"]
     parse = _load("megatron_dlm.config.parse:parse")

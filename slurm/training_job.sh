@@ -69,11 +69,12 @@ take_snapshot() {
   fi
 }
 
-# Sets state (new, unfinished, finished), step (newest checkpoint) and num_steps (if known).
+# Sets state (new, unfinished, finished), step (newest checkpoint) and num_steps (if known), and from
+# status.json, if this start wrote it, ended (running, finished, preempted, failed) and reason.
 read_state() {
   local answer
   answer=$(run_alone megatron_dlm.launch.slurm.run_state "$RUN_DIR" "$config_file") || return
-  read -r state step num_steps <<<"$answer"
+  { read -r state step num_steps && read -r ended reason; } <<<"$answer"
 }
 
 # Every node must be fit; the job goes back into the queue without those that are not.
@@ -134,6 +135,18 @@ start_ranks() {
   cat "$logs/srun.txt"
 }
 
+# The status of the task that srun speaks of in line $1: its own is the highest one, which may be that
+# of a task that was ended because of this one.
+status_in() {
+  case $1 in
+    *'exit code '*) echo "${1##*exit code }" ;;
+    *Killed*) echo 137 ;;
+    *Aborted*) echo 134 ;;
+    *'Segmentation fault'*) echo 139 ;;
+    *) echo $((status ? status : 1)) ;;
+  esac
+}
+
 # The job ends, or goes back into the queue: finished, stopped and saved, or crashed.
 decide() {
   local first_step=$1 failures=$logs/failed_ranks.txt code task node message
@@ -148,16 +161,18 @@ decide() {
   if [ "$state" = finished ]; then exit 0; fi
   # torchrun ends with 1 when it is signalled, and a rank that is still starting dies of the signal.
   if [ ! -s "$failures" ] && [ -n "$asked_to_stop" ]; then requeue_on_request 0; fi
-  if [ "$status" = 0 ] && ((step > first_step)); then requeue "stopped and saved" 0; fi
+  # The trainer was asked to stop past this script, as by a preemption with grace.
+  if [ ! -s "$failures" ] && [ "$ended" = preempted ]; then requeue "stopped and saved" 0; fi
   if [ -s "$failures" ]; then
     read -r code task node message <"$failures"
     message="task $task on $node ended with status $code: $message"
     say "the last lines of task $task:"
     tail -n 20 "$logs/"*"_task$task.log"
   else
-    code=$((status ? status : 1))
-    # A killed rank cannot speak; srun names it before it ends the others.
+    # A killed rank cannot speak; srun names it before it ends the others, and they say who it was.
     message=$(grep -m 1 'error: .*task' "$logs/srun.txt")
+    code=$(status_in "$message")
+    if [ "$ended" = failed ]; then message="$reason${message:+ ($message)}"; fi
     message="srun ended with status $status: ${message:-no rank said why}"
   fi
   if ((code == 2 && step == first_step)); then

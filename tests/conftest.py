@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -15,6 +16,8 @@ from megatron_dlm.runtime.device import open_device
 
 open_device("auto")  # before any test module imports megatron.core
 
+_MANY_THREADS = 100
+
 # A shell that starts the suite in the background has it ignore SIGINT, and all that it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -23,6 +26,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # the user's. It is a package of this process, so it cannot change from test to test.
 _CODE_OF_MODELS = tempfile.TemporaryDirectory(prefix="transformers_modules_")
 os.environ["HF_MODULES_CACHE"] = _CODE_OF_MODELS.name
+
+
+@pytest.fixture(autouse=True)
+def _let_old_groups_go() -> Iterator[None]:
+    """Models that a test lays out in this process hold process groups, whose threads poll."""
+    yield
+    if len(os.listdir("/proc/self/task")) > _MANY_THREADS:
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

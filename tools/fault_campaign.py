@@ -155,7 +155,9 @@ def _check_checkpoints(directory: Path, before: set[int], kill: Kill) -> set[int
         raise Failure(f"{kill}: checkpoint {max(before)} is lost, {sorted(found)} are left")
     if found:
         log = directory.with_suffix(".verify")
-        arguments = ["checkpoint", "verify", "--checkpoint", str(directory)]
+        # One by one: the rest of an interrupted save lies beside them, and says so by its name.
+        paths = [str(folder / f"iter_{step:07d}") for step in sorted(found)]
+        arguments = ["checkpoint", "verify", "--checkpoint", *paths]
         outcome = run(arguments, log, timeout_seconds=300)
         log.unlink()
         log.with_suffix(".err").unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from megatron_dlm.config.parse import parse
 
 _COMMANDS = (
     *("train", "tokenizer", "preprocess", "data verify", "data inspect", "export", "import"),
-    "generate",
+    *("generate", "checkpoint verify"),
 )
 
 

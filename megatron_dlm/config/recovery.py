@@ -14,20 +14,20 @@ class RecoveryConfig:
 
     hang_timeout_minutes: float = 30.0
     """Without a finished step for this long, every rank writes its stacks and the run ends; 0
-    waits for ever. The first step has three times as long."""
+    waits for ever. The first step, a validation and a save have three times as long."""
     on_bad_step: Literal["stop", "rollback"] = "stop"
     """After NaN, infinity or a loss spike: end the run, or go back to the newest checkpoint and
-    leave out the batches from there up to the bad one."""
+    leave out the batches from there up to the bad one; the number of updates stays."""
     spike_factor: float | None = None
-    """A loss above this times the mean of the last spike_window_steps is a spike; default: only NaN
-    and infinity are bad."""
+    """A loss above this times the mean of the last spike_window_steps is a spike, once there were
+    so many; costs one small all-reduce a step. Default: only NaN and infinity are bad."""
     spike_window_steps: int = 100
     """Steps whose mean loss a spike is measured against."""
     max_rollbacks: int = 3
-    """Rollbacks before the run ends."""
+    """Rollbacks of one start of the run before it ends."""
     straggler_factor: float = 1.5
-    """Ranks whose own time per step is above this times the median are named in the log; 0 names
-    none."""
+    """Ranks whose own time per step (forward passes and waiting for data) is above this times the
+    median of their pipeline stage are named in the log; 0 names none."""
 
     def __post_init__(self) -> None:
         require(

@@ -86,6 +86,8 @@ class TrainConfig:
     """Seed of the initial weights, the noise and the dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where it is available."""
+    deterministic: bool = False
+    """Only kernels and collectives whose results repeat bit for bit; slower on GPUs."""
     output_dir: str = "runs/default"
     """Run directory: config, metrics, logs and checkpoints."""
     resume: Literal["auto", "never"] = "auto"
@@ -126,6 +128,9 @@ class CheckpointConfig:
     """Also keep every checkpoint whose step is a multiple of this."""
     asynchronous: bool = False
     """Write in a background process while training goes on."""
+    verify: Literal["checksums", "sizes"] = "checksums"
+    """Before a run goes on from a checkpoint: read every file and compare its checksum (shared out
+    over ranks, about 1.7 GB/s a core), or compare only sizes."""
 
     def __post_init__(self) -> None:
         require_positive("checkpoint", {"interval_steps": self.interval_steps})
@@ -163,9 +168,34 @@ class LoggingConfig:
     """Write TensorBoard events into the run directory."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (the wandb package must be installed)."""
+    noise_level_buckets: int = 10
+    """Validation of diffusion also reports the loss in this many equal ranges of the noise level;
+    0 leaves it out."""
+    norms_interval_steps: int | None = None
+    """Report the gradient and parameter norms of every layer every this many steps, a multiple of
+    logging.interval_steps; default: never."""
+    histogram_interval_steps: int | None = None
+    """Write histograms of all parameters and gradients to TensorBoard every this many steps, a
+    multiple of logging.interval_steps; default: never."""
 
     def __post_init__(self) -> None:
         require_positive("logging", {"interval_steps": self.interval_steps})
+        require(
+            0 <= self.noise_level_buckets <= 100,
+            f"logging.noise_level_buckets is {self.noise_level_buckets}; it must lie in [0, 100]",
+        )
+        for name in ("norms_interval_steps", "histogram_interval_steps"):
+            steps = getattr(self, name)
+            require(
+                steps is None or (steps > 0 and steps % self.interval_steps == 0),
+                f"logging.{name} is {steps}; it must be a multiple of logging.interval_steps "
+                f"{self.interval_steps}",
+            )
+        require(
+            self.tensorboard or self.histogram_interval_steps is None,
+            "logging.histogram_interval_steps writes to TensorBoard, but logging.tensorboard is "
+            "false; remove one",
+        )
 
 
 @dataclass(frozen=True)

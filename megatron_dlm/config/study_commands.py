@@ -10,7 +10,7 @@ from megatron_dlm.config.hardware import GPUS
 
 @dataclass(frozen=True)
 class StudyPlanConfig:
-    """Expand a study into its runs, a list of flags for slurm/sweep.sbatch, and reckon their cost."""
+    """Expand a study into its runs, a list for slurm/sweep.sbatch, and reckon what they cost."""
 
     study: str
     """YAML file of the study: base, set, axes, leave_out (docs/science.md)."""

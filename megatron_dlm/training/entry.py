@@ -1,16 +1,28 @@
-"""Process lifetime of `megatron-dlm train`: open the device, run, close. Nothing else."""
+"""Process lifetime of `megatron-dlm train`: signals, device, ranks, run. Nothing else."""
 
 from __future__ import annotations
 
 from megatron_dlm.config.schema import RunConfig
-from megatron_dlm.runtime.device import open_device
+from megatron_dlm.training.signals import StopSignals
 
 
 def train(config: RunConfig) -> None:
     """Train or resume one run; raises ValueError for what the user can mend."""
-    device = open_device(config.train.device)  # before megatron.core is imported
-    from megatron_dlm.runtime.parallel import parallel_context
-    from megatron_dlm.training.train import train as run_training
+    with StopSignals() as signals:  # before torch is imported, which takes seconds
+        from megatron_dlm.runtime.determinism import use_deterministic_kernels
+        from megatron_dlm.runtime.device import open_device
 
-    with parallel_context(config.parallel, device) as parallel:
-        run_training(config, device, parallel)
+        if config.train.deterministic:
+            use_deterministic_kernels()
+        device = open_device(config.train.device)  # before megatron.core is imported
+        from megatron_dlm.runtime.parallel import parallel_context
+        from megatron_dlm.training.train import train as run_training
+        from megatron_dlm.training.watch import watched
+
+        signals.guard_start()
+        with (
+            parallel_context(config.parallel, device) as parallel,
+            watched(parallel, config.recovery.hang_timeout_minutes) as journal,
+        ):
+            signals.started()
+            run_training(config, device, parallel, signals=signals, journal=journal)

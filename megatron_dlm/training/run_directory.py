@@ -15,21 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm import __version__
-from megatron_dlm.checkpoint.retention import (
-    Checkpoint,
-    remove_unfinished,
-    whole_checkpoints,
-)
+from megatron_dlm.checkpoint.run_lock import LOCK_NAME, RunLock
 from megatron_dlm.config.parse import dump, parse
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.runtime.files import write_whole
 
 _CONFIG_NAME, _RUN_NAME = "config.yaml", "run.json"
 # What a continued run may change: the layout, the reporting, and how long it goes on.
-_FREE_SECTIONS = ("parallel", "checkpoint", "validation", "logging")
+_FREE_SECTIONS = ("parallel", "checkpoint", "validation", "logging", "recovery")
 _FREE_FIELDS = {
-    "train": ("steps", "tokens", "epochs", "micro_batch_size", "device", "output_dir", "resume"),
-    "model": ("transformer_impl", "recompute_granularity", "recompute_num_layers"),
+    "train": (
+        *("steps", "tokens", "epochs", "micro_batch_size"),
+        *("device", "output_dir", "resume", "deterministic"),
+    ),
+    "model": (
+        *("transformer_impl", "attention_backend"),
+        *("recompute_granularity", "recompute_num_layers", "recompute_modules"),
+    ),
     "data": ("train", "valid", "tokenizer"),  # files may move; their digest is compared instead
 }
 _PACKAGES = ("torch", "megatron-core", "numpy")
@@ -42,24 +44,31 @@ class RunDirectory:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
 
-    def open(self, config: RunConfig) -> tuple[Checkpoint | None, list[str]]:
-        """Make the directory ready; the checkpoint to continue from and warnings to show.
+    def lock(self) -> RunLock:
+        """A context in which no other job uses the directory, which is made where it is missing.
 
-        Raises ValueError when it holds a run of another configuration or cannot be written.
+        Raises ValueError when it cannot be written, and on entering while a job has it.
         """
         try:
-            if config.train.resume == "never":
-                self._set_aside()
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(self._not_writable(error.strerror or str(error))) from None
         if not os.access(self.path, os.W_OK):
             raise ValueError(self._not_writable("no permission"))
+        return RunLock(self.path)
+
+    def open(self, config: RunConfig) -> None:
+        """Make the locked directory ready.
+
+        Raises ValueError when it holds a run of another configuration or cannot be written.
+        """
+        if config.train.resume == "never":
+            try:
+                self._set_aside()
+            except OSError as error:
+                raise ValueError(self._not_writable(error.strerror or str(error))) from None
         self._refuse_other_config(config)
-        whole, warnings = whole_checkpoints(self.checkpoints)
-        remove_unfinished(self.checkpoints)
         write_whole(self.path / _CONFIG_NAME, dump(config))
-        return (whole[-1] if whole else None), warnings
 
     def write_run_facts(self, facts: Mapping[str, Any]) -> None:
         """run.json: what this start of the run was made of."""
@@ -75,7 +84,11 @@ class RunDirectory:
             return
         numbers = [int(old.name.split("_")[1]) for old in self.path.glob("previous_[0-9]*")]
         target = self.path / f"previous_{max(numbers, default=0) + 1}"
-        entries = [entry for entry in self.path.iterdir() if not entry.name.startswith("previous_")]
+        entries = [
+            entry
+            for entry in self.path.iterdir()
+            if not entry.name.startswith("previous_") and entry.name != LOCK_NAME
+        ]
         target.mkdir()
         # The config goes last: while it is still there, an interrupted move is repeated.
         for entry in sorted(entries, key=lambda entry: entry.name == _CONFIG_NAME):

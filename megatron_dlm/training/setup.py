@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_dlm.checkpoint.retention import Checkpoint
 from megatron_dlm.checkpoint.state import TrainState
 from megatron_dlm.checkpoint.store import Checkpointed, CheckpointStore, check_description, load
+from megatron_dlm.checkpoint.verification import newest_sound
 from megatron_dlm.config.architecture import weight_settings
 from megatron_dlm.config.derive import step_tokens, total_steps
 from megatron_dlm.config.schema import RunConfig
@@ -19,6 +21,7 @@ from megatron_dlm.data.open_corpus import open_split
 from megatron_dlm.data.storage.dataset import refuse_overlap
 from megatron_dlm.models.accounting import count_parameters, training_flops_per_token
 from megatron_dlm.models.build import build_model
+from megatron_dlm.models.moe_statistics import metric_names
 from megatron_dlm.objectives.build import build_objective
 from megatron_dlm.ops.batch import TokenBatch
 from megatron_dlm.ops.counter_rng import Stream
@@ -26,9 +29,11 @@ from megatron_dlm.runtime.device import Device
 from megatron_dlm.runtime.parallel import ParallelContext
 from megatron_dlm.runtime.seeding import seed_dropout
 from megatron_dlm.training.metrics import Metrics
+from megatron_dlm.training.moments import check_moments
 from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_dlm.training.run_directory import RunDirectory
 from megatron_dlm.training.step import Pass
+from megatron_dlm.training.tensor_overlap import open_tensor_overlap
 from megatron_dlm.training.validate import num_validation_samples, validation_micro_batches
 
 
@@ -43,6 +48,11 @@ class Sources:
     messages: list[str]
     """What the user should know before the first step."""
 
+    @property
+    def start_step(self) -> int:
+        """Finished updates of the checkpoint; 0 where there is none."""
+        return self.checkpoint.step if self.checkpoint else 0
+
 
 @dataclass(frozen=True)
 class Run:
@@ -56,9 +66,14 @@ class Run:
     start: TrainState
 
 
-def open_sources(config: RunConfig, directory: RunDirectory, parallel: ParallelContext) -> Sources:
-    """Open the data on every rank and the run directory on rank 0; all ranks fail together."""
-    valid_corpus = checkpoint = None
+def open_sources(
+    config: RunConfig, directory: RunDirectory, parallel: ParallelContext, held: ExitStack
+) -> Sources:
+    """Open the data on every rank and the run directory on rank 0; all ranks fail together.
+
+    The lock of the run directory goes on `held`. It is made only for a run that has its data.
+    """
+    valid_corpus = None
     with parallel.failing_together():
         corpus = open_split(config, "train")
         if config.data.valid:
@@ -71,12 +86,18 @@ def open_sources(config: RunConfig, directory: RunDirectory, parallel: ParallelC
     messages = _data_messages(config, corpus, num_steps)
     with parallel.failing_together():
         if parallel.is_main:
-            checkpoint, warnings = directory.open(config)
-            messages += [f"warning: {warning}" for warning in warnings]
-            if checkpoint is not None:
-                check_description(checkpoint, describe(config, corpus))
-                messages.append(f"continuing from {checkpoint.path}")
-    checkpoint = parallel.from_main(checkpoint)
+            held.enter_context(directory.lock())
+            directory.open(config)
+    checkpoint, warnings = newest_sound(
+        directory.checkpoints, parallel, verify=config.checkpoint.verify
+    )
+    with parallel.failing_together():
+        if checkpoint is not None:
+            check_description(checkpoint, describe(config, corpus))
+            warnings = [*warnings, *check_moments(checkpoint, config)]
+    messages += [f"warning: {warning}" for warning in warnings]
+    if checkpoint is not None:
+        messages.append(f"continuing from {checkpoint.path}")
     return Sources(corpus, valid_corpus, num_steps, checkpoint, messages)
 
 
@@ -143,12 +164,15 @@ def open_run(
             device=device,
             parallel=parallel,
             optimizer=config.optimizer,
+            fp8=config.fp8,
         )
+    open_tensor_overlap(config)
     wrapped = wrap_data_parallel(chunks, config.parallel, parallel)
     optimizer = build_optimizer(
         wrapped,
         config.optimizer.for_batch(config.train.global_batch_size),
         overlap_param_gather=config.parallel.overlap_param_gather,
+        parallel_config=config.parallel,
     )
     subject = Checkpointed(wrapped, optimizer, parallel)
     description = {
@@ -183,7 +207,9 @@ def _open_pass(
         mask_token_id=config.objective.mask_token_id,
         batch_size=batch_size,
         training=training,
+        num_noise_buckets=0 if training else config.logging.noise_level_buckets,
     )
+    of_routers = metric_names(config.model) if training else ()
     return Pass(
         chunks=subject.chunks,
         objective=objective,
@@ -191,6 +217,6 @@ def _open_pass(
         stream=Stream.TRAINING if training else Stream.VALIDATION,
         device=device,
         parallel=subject.parallel,
-        metrics=Metrics(objective.metric_names, device.torch_device),
+        metrics=Metrics((*objective.metric_names, *of_routers), device.torch_device),
         loss_chunk_slots=config.train.loss_chunk_slots,
     )

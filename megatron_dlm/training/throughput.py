@@ -34,6 +34,17 @@ class Throughput:
     def step_done(self) -> None:
         """Stop the clock."""
         self._seconds += time.perf_counter() - self._started
+        self._num_steps += 1
+
+    @property
+    def num_steps(self) -> int:
+        """Steps since the last report."""
+        return self._num_steps
+
+    @property
+    def waited_seconds(self) -> float:
+        """What this rank waited for its data since the last report."""
+        return self._waited_seconds
 
     def report(self) -> dict[str, float]:
         """tokens_per_second of the whole job, data_wait_share of the time, and mfu where the
@@ -51,4 +62,4 @@ class Throughput:
 
     def _clear(self) -> None:
         self._seconds = self._waited_seconds = 0.0
-        self._num_tokens = 0
+        self._num_tokens = self._num_steps = 0

@@ -174,13 +174,12 @@ def test_directory_of_another_run(
 ) -> None:
     output_dir = tmp_path / "run"
     assert run_here(arguments(tiny_corpus, output_dir, **SHORT)) == 0
-    before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+    before = contents(output_dir)
     other = {**SHORT, "optimizer__lr": 0.5}
     message = refusal(capsys, arguments(tiny_corpus, output_dir, **other))
     assert_names(message, output_dir, "optimizer.lr 0.003", "0.5", "train.resume never")
     assert_names(message, "train.output_dir")
-    after = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
-    assert after == before
+    assert contents(output_dir) == before
 
     never = arguments(tiny_corpus, output_dir, **other, train__resume="never")
     assert run_here(never) == 0
@@ -189,6 +188,12 @@ def test_directory_of_another_run(
         assert (old / path.relative_to(output_dir)).read_bytes() == content
     assert list(metrics(output_dir)) == [1, 2, 3, 4]
     assert metrics(output_dir)[1]["lr"] != metrics(old)[1]["lr"]
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    """All files but the lock, which stays with the directory and not with a run."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files if path.name != "run.lock"}
 
 
 def test_checkpoint_of_another_model_shape(

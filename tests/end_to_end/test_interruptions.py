@@ -100,7 +100,7 @@ def test_stop_signal_to_one_of_two_ranks(
         assert ended.errors == ""
     step = latest(run)
     assert published(run) == [step] == [max(metrics(run))]
-    assert f"{name}: saved" in (run / "train.log").read_text().splitlines()[-1]
+    assert f"{name}: saved; the same command goes on from here" in (run / "train.log").read_text()
 
     steps = step + 4
     continued = [*command, f"--train.steps={steps}", "--validation.interval_steps=1000"]
@@ -123,7 +123,7 @@ def test_sigterm_to_torchrun_and_to_the_whole_process_group_in_a_save(
     os.kill(job.process.pid, signal.SIGTERM)
     job.end()
     assert published(run)[-1] == latest(run) == max(metrics(run))
-    assert "SIGTERM: saved" in (run / "train.log").read_text().splitlines()[-1]
+    assert "SIGTERM: saved; the same command goes on" in (run / "train.log").read_text()
 
     command = arguments(tiny_corpus, run, **LONG, checkpoint__interval_steps=2)
     job = start(command, tmp_path / "alone")

@@ -19,6 +19,7 @@ from megatron_dlm.checkpoint.retention import directory_name, whole_checkpoints,
 from megatron_dlm.config.parse import dump
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.runtime.files import write_whole
+from megatron_dlm.training.status import State, write_status
 
 _VARIABLES = ("SLURM_", "MASTER_", "CUDA_VISIBLE", "OMP_", "NCCL_", "SITE_", "RANK", "LOCAL_RANK")
 
@@ -44,6 +45,7 @@ def train(config: RunConfig) -> None:
     if rank == 0:
         write_whole(run / "config.yaml", dump(config))
         write_whole(run / "run.json", json.dumps({"steps": num_steps}))
+    _say(run, rank, "running", step)
     while len(list(run.glob(f"seen_{start.rpartition('_')[0]}_*.json"))) < world:
         time.sleep(0.01)  # until all ranks are there, as real ones would
     while step < num_steps:
@@ -56,7 +58,14 @@ def train(config: RunConfig) -> None:
                 _save(run, step)
         if asked and not plan.get("deaf"):
             print(f"rank {rank}: saved at step {step}", flush=True)
+            _say(run, rank, "preempted", step)
             return
+    _say(run, rank, "finished", step)
+
+
+def _say(run: Path, rank: int, state: State, step: int) -> None:
+    if rank == 0:
+        write_status(run, state, step)
 
 
 def _fail_as_planned(run: Path, plan: dict[str, Any], rank: int, step: int) -> None:

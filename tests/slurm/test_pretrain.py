@@ -48,13 +48,14 @@ def campaign(
 
     setup = folder / "site.sh"
     setup.write_text("export SITE_WORD=ours\n")
-    preempted = submit("preempted", plan={"step_seconds": 0.1}, **LONG)
-    yields = submit("yields", plan={"step_seconds": 0.1}, train__steps=40)
     submit("crash", plan={"fail": [1, 7, "raise"], "step_seconds": 0.1})
     submit("loop", plan={"always": [0, 7, "kill"]}, slurm__max_crashes=2)
     submit("mistake", plan={"always": [0, 1, 2]})
     submit("late_mistake", plan={"fail": [0, 8, 2]})
     submit("whole", plan={}, slurm__nodes=1, slurm__ranks_per_node=2, slurm__site_setup=setup)
+    # Last, for these must still run when the signal comes.
+    preempted = submit("preempted", plan={"step_seconds": 0.2}, **LONG)
+    yields = submit("yields", plan={"step_seconds": 0.3}, train__steps=40)
     preempted.wait_for_step(7)
     on_slurm.run("scancel", "--batch", "--signal=USR1", str(campaign.jobs["preempted"]))
     yields.wait_for_step(7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.launch.slurm.follow import watch
 from megatron_dlm.launch.slurm.progress import newest_reports, remaining_seconds
 from megatron_dlm.launch.slurm.run_state import RunState, run_state
+from megatron_dlm.training.status import write_status
 
 
 def config_of(run: Path, **changes: Any) -> RunConfig:
@@ -69,7 +71,19 @@ def test_as_the_job_script_asks(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_dlm.launch.slurm.run_state"]
     run = [*command, str(tmp_path / "run")]
     answer = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert answer.stdout == "unfinished 5 20\n"
+    assert answer.stdout == "unfinished 5 20\nunknown\n"
+    for restart, expected in (("2", "preempted SIGTERM"), ("3", "unknown")):
+        environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restart}
+        if restart == "2":  # written by this start; the next one finds it and must not believe it
+            say = "write_status(Path(sys.argv[1]), 'preempted', 9, 'SIGTERM')"
+            code = f"import sys; from pathlib import Path; from {write_status.__module__} import *"
+            words = [sys.executable, "-c", f"{code}; {say}", str(tmp_path / "run")]
+            subprocess.run(words, env=environment, check=True)
+        answer = subprocess.run(run, capture_output=True, text=True, check=True, env=environment)
+        assert answer.stdout == f"unfinished 5 20\n{expected}\n"
+    status = run_state(tmp_path / "run").status
+    assert status is not None
+    assert (status.job, status.restart, status.step) == ("7", 2, 9)
     answer = subprocess.run([*run, "no.yaml"], capture_output=True, text=True, check=False)
     assert answer.returncode == 2
     assert answer.stderr.startswith("run state: error: --config no.yaml: cannot read the file")

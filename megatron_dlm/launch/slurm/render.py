@@ -74,7 +74,8 @@ def write_submission(
     copy_code(checkout, folder / "code")
     submission = Submission(folder, shape)
     write_whole(submission.script, script)
-    submission.script.chmod(0o755)
+    mode = submission.script.stat().st_mode
+    submission.script.chmod(mode | (mode & 0o444) >> 2)  # who may read it may run it
     kind = "ranks" if run.train.device == "cpu" else "GPUs"
     print(f"{submission.script}: job {name}, {shape.nodes} nodes * {shape.ranks_per_node} {kind}")
     for warning in warnings(run, slurm, shape):

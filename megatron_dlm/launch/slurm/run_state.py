@@ -1,14 +1,15 @@
 """How far a run is, from its files alone: the job script asks before and after every start.
 
 `python -m megatron_dlm.launch.slurm.run_state RUN_DIRECTORY [CONFIG.yaml]` prints the state, the
-step of the newest whole checkpoint and, if known, the last step.
+step of the newest whole checkpoint and, if known, the last step; on a second line how the start of
+the Slurm job that asks stands (status.json), and why it ended.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from megatron_dlm.checkpoint.retention import whole_checkpoints
 from megatron_dlm.config.derive import total_steps
 from megatron_dlm.config.parse import parse
 from megatron_dlm.config.schema import RunConfig
+from megatron_dlm.training.status import Status, read_status
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class RunState:
     """Of the newest whole checkpoint; 0 where there is none."""
     num_steps: int | None
     """The last step, where it is known."""
+    status: Status | None = field(default=None, compare=False)
+    """What the trainer said last, whichever start of it."""
 
 
 def run_state(run_directory: Path, config: RunConfig | None = None) -> RunState:
@@ -38,10 +42,11 @@ def run_state(run_directory: Path, config: RunConfig | None = None) -> RunState:
     checkpoints, _ = whole_checkpoints(run_directory / "checkpoints")
     step = checkpoints[-1].step if checkpoints else 0
     num_steps = _num_steps(run_directory, config)
+    status = read_status(run_directory)
     if num_steps is not None and step >= num_steps:
-        return RunState("finished", step, num_steps)
+        return RunState("finished", step, num_steps, status)
     is_new = not checkpoints and not (run_directory / "run.json").exists()
-    return RunState("new" if is_new else "unfinished", step, num_steps)
+    return RunState("new" if is_new else "unfinished", step, num_steps, status)
 
 
 def _num_steps(run_directory: Path, config: RunConfig | None) -> int | None:
@@ -62,7 +67,7 @@ def _num_steps(run_directory: Path, config: RunConfig | None) -> int | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the state in one line."""
+    """Print the state in two lines."""
     run_directory, *config_files = arguments
     config = None
     try:
@@ -73,6 +78,10 @@ def main(arguments: list[str]) -> int:
         print(f"run state: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(state.kind, state.step, "" if state.num_steps is None else state.num_steps)
+    if state.status is not None and state.status.is_of_this_job:
+        print(state.status.state, state.status.reason or "")
+    else:  # of an earlier start: this one did not come so far
+        print("unknown")
     return 0
 
 

@@ -10,6 +10,7 @@ from megatron_dlm.launch.slurm.progress import newest_reports, remaining_time
 from megatron_dlm.launch.slurm.queue import queue_of
 from megatron_dlm.launch.slurm.run_state import run_state
 from megatron_dlm.training.log_entry import clock
+from megatron_dlm.training.status import Status
 
 
 def status(config: SlurmStatusConfig) -> None:
@@ -26,6 +27,7 @@ def describe(run_directory: Path) -> list[str]:
         f"{run_directory}: {state.kind}, newest checkpoint at step {state.step} of {num_steps}"
     ]
     lines += [f"  {job}" for job in queue_of(run_directory)] or ["  no job waits or runs"]
+    lines += _last_word(state.status)
     reports = newest_reports(run_directory)
     lines += [f"  {report.line(state.num_steps or 0)}" for report in reports.values()]
     if "train" in reports and state.num_steps is not None and state.kind != "finished":
@@ -33,6 +35,15 @@ def describe(run_directory: Path) -> list[str]:
         remaining = remaining_time(reports["train"], state.num_steps)
         lines.append(f"  remaining {remaining}; last report {clock(age)} ago")
     return [*lines, *_last_crash(run_directory / "slurm" / "crashes.txt")]
+
+
+def _last_word(status: Status | None) -> list[str]:
+    """What the trainer said about itself last."""
+    if status is None:
+        return []
+    where = f" in job {status.job}" if status.job else ""
+    why = f": {status.reason}" if status.reason else ""
+    return [f"  trainer {status.state} at step {status.step}{where}, {status.time}{why}"]
 
 
 def _last_crash(path: Path) -> list[str]:
