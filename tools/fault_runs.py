@@ -85,6 +85,8 @@ def settings_of(scenario: Scenario, corpus: Path, directory: Path) -> list[str]:
         "train.micro_batch_size": 2,
         "train.precision": "fp32",
         "train.device": "cpu",
+        # Until the ranks have met, only this ends one whose partner was killed.
+        "parallel.distributed_timeout_minutes": 0.5,
         "train.output_dir": directory,
         "schedule.warmup_steps": 4,
         "checkpoint.interval_steps": _SAVE_STEPS,
@@ -187,11 +189,13 @@ class Job:
             if phase == "validation":
                 first += -first % _VALIDATION_STEPS
             return lambda: self._last_step() >= first
+        old = set(_unfinished(checkpoints))  # what an earlier kill left behind
         if phase == "save":
-            return lambda: any(_unfinished(checkpoints))
+            return lambda: any(path not in old for path in _unfinished(checkpoints))
         if phase == "publish":
             return lambda: any(
-                (path / "megatron_dlm.json").exists() for path in _unfinished(checkpoints)
+                path not in old and (path / "megatron_dlm.json").exists()
+                for path in _unfinished(checkpoints)
             )
         seen = _text(marker)
         return lambda: _text(marker) != seen
