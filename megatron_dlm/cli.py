@@ -133,6 +133,11 @@ COMMANDS = {
         "megatron_dlm.config.study_commands:StudyGatherConfig",
         "megatron_dlm.scaling.study_results:gather_study",
     ),
+    "study crossover": (
+        "where one kind of run passes below another",
+        "megatron_dlm.config.study_commands:StudyCrossoverConfig",
+        "megatron_dlm.scaling.study_crossover:crossover_study",
+    ),
     "slurm render": (
         "write the job script of a run",
         "megatron_dlm.config.slurm_commands:SlurmRenderConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_dlm.config.checks import require, require_fraction
 from megatron_dlm.config.hardware import GPUS
@@ -75,4 +76,39 @@ class StudyGatherConfig:
         require(
             self.output is None or self.output.endswith((".csv", ".parquet")),
             f"output {self.output} must end in .csv or .parquet",
+        )
+
+
+@dataclass(frozen=True)
+class StudyCrossoverConfig:
+    """Where one kind of run passes below another: a table and a figure of all settings."""
+
+    study: str
+    """YAML file of the study."""
+    output_dir: str
+    """Folder of the study; gets crossover.csv, crossover.png and crossover.svg."""
+    axis: str = "objective"
+    """Axis of the study whose labels are compared."""
+    first: str = "ar"
+    """Label that is the lower one at the beginning."""
+    second: str = "masked"
+    """Label that is asked when it becomes the lower one."""
+    seeds: str | None = "seed"
+    """Axis of repetitions: the mean is over its labels, and the intervals come from them; null
+    where there is none."""
+    x: Literal["epoch", "tokens", "training_flops"] = "epoch"
+    """Against what the curves are drawn and cross."""
+    metric: str = "nelbo"
+    """Validation metric, lower is better."""
+    smoothing: float = 0.0
+    """Width of a Gaussian average over the points of a curve, as a factor in x; 0: none."""
+    resamples: int = 1000
+    """Bootstrap resamples of the seeds."""
+
+    def __post_init__(self) -> None:
+        require(self.smoothing >= 0, f"smoothing is {self.smoothing}; it must be at least 0")
+        require(self.resamples > 0, f"resamples is {self.resamples}; it must be greater than 0")
+        require(
+            self.first != self.second,
+            f"first and second are both {self.first}; compare two labels of the axis",
         )

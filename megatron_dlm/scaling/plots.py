@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's palette: distinct for colour-blind readers and in print.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -80,7 +80,7 @@ def plot_validation_curves(
 
 
 def _draw_curve(axes: Axes, label: str, curve: Sequence[CurvePoint], number: int) -> None:
-    color = _COLORS[number % len(_COLORS)]
+    color = COLORS[number % len(COLORS)]
     marker = _MARKERS[number % len(_MARKERS)]
     best = best_point(curve)
     axes.plot(
