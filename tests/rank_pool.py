@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 180.0
+_MANY_THREADS = 400
 
 
 class RankPool:
@@ -67,6 +68,8 @@ class RankPool:
             if time.monotonic() > deadline:
                 missing = sorted(set(range(num_ranks)) - set(results))
                 self._fail(f"ranks {missing} gave no answer in time")
+        if any(_num_threads(process) > _MANY_THREADS for process, _ in self._workers):
+            self._stop()  # groups of finished calls are still there; the next call starts anew
         return [results[rank] for rank in range(num_ranks)]
 
     def _fail(self, message: str) -> None:
@@ -113,6 +116,19 @@ def _serve(connection: Connection) -> None:
             answer = (False, traceback.format_exc())
         if dist.is_initialized():
             dist.destroy_process_group()
-        # Models hold their groups in cycles; the threads of every group would go on polling.
-        gc.collect()
+        _let_go()
         connection.send(answer)
+
+
+def _num_threads(process: multiprocessing.process.BaseProcess) -> int:
+    return len(os.listdir(f"/proc/{process.pid}/task"))
+
+
+def _let_go() -> None:
+    """Collect the models of a finished call: the threads of their process groups would poll on."""
+    for thing in gc.get_objects():
+        # It keeps tensors of the last pass; their graph ends in hooks that hold the model, a cycle
+        # through autograd that the collector cannot see.
+        if type(thing).__name__.endswith("TokenDispatcher"):
+            vars(thing).clear()
+    gc.collect()
