@@ -141,9 +141,9 @@ def _killed_run(
 def _check_end(kill: Kill, statuses: Sequence[int | None], job: Job) -> None:
     if None in statuses:
         raise Failure(f"{kill}: a rank was still there: {statuses} {job.errors()}")
-    # Before the program can answer a signal, the signal ends it.
-    allowed = {0, -signal.SIGTERM} if kill.phase == "start" else {0}
-    if kill.signal == "TERM" and not allowed.issuperset(statuses):
+    # Before the program can answer a signal, the signal ends it, as a kill does.
+    is_too_early = kill.phase == "start" and -signal.SIGTERM in statuses
+    if kill.signal == "TERM" and not is_too_early and any(status != 0 for status in statuses):
         raise Failure(f"{kill}: a stop must end with 0, not {statuses}: {job.errors()}")
 
 

@@ -86,7 +86,7 @@ def settings_of(scenario: Scenario, corpus: Path, directory: Path) -> list[str]:
         "train.precision": "fp32",
         "train.device": "cpu",
         # Until the ranks have met, only this ends one whose partner was killed.
-        "parallel.distributed_timeout_minutes": 0.5,
+        "parallel.distributed_timeout_minutes": 0.25,
         "train.output_dir": directory,
         "schedule.warmup_steps": 4,
         "checkpoint.interval_steps": _SAVE_STEPS,

@@ -98,7 +98,14 @@ class ParallelContext:
 def parallel_context(config: ParallelConfig, device: Device) -> Iterator[ParallelContext]:
     """Start torch.distributed, lay out the groups, and close both at the end."""
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    dist.init_process_group(device.backend, timeout=timeout, **_rendezvous())
+    try:
+        dist.init_process_group(device.backend, timeout=timeout, **_rendezvous())
+    except dist.DistStoreError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"the ranks did not find each other ({reason}); the logs of those that did not come "
+            "say why; parallel.distributed_timeout_minutes is how long the others wait"
+        ) from error
     try:
         with laid_out(config) as parallel:
             yield parallel

@@ -57,6 +57,7 @@ def test_ends_that_break_a_promise(tmp_path: Path) -> None:
     _check_end(stop, [0, 0], job)
     _check_end(kill, [-9, 1], job)
     _check_end(Kill("dp2", "start", "TERM", "all"), [-15, 0], job)
+    _check_end(Kill("dp2", "start", "TERM", "one"), [-15, 2], job)
     with pytest.raises(Failure, match="a stop must end with 0"):
         _check_end(stop, [0, 1], job)
     with pytest.raises(Failure, match="a rank was still there"):

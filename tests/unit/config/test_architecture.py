@@ -45,6 +45,8 @@ def test_options_that_change_no_weight_can_change_between_runs() -> None:
     names = {field.name for field in fields(ModelConfig)} - {"moe"}
     assert names - weight_settings(ModelConfig()).keys() == {
         "seq_length",
+        "attention_backend",
+        "recompute_modules",
         "hidden_dropout",
         "attention_dropout",
         "init_method_std",
