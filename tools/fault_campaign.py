@@ -44,8 +44,9 @@ class CampaignConfig:
     """Kills of one run before it may go on to its end."""
     seed: int = 1
     """Seed of the moments, the signals and their targets."""
-    bound_seconds: float = 60.0
-    """Within this time after a kill every rank must have ended."""
+    bound_seconds: float = 120.0
+    """Within this time after a kill every rank must have ended. Only a kill while the ranks are
+    still meeting takes that long: Megatron Core waits in whole minutes there."""
     output_dir: str | None = None
     """Folder for the runs and campaign.json; default: one that is removed if all is well."""
 
