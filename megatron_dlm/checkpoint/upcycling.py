@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -19,12 +18,12 @@ from rich.progress import Progress
 from torch import Tensor
 
 from megatron_dlm.checkpoint.find import find_checkpoint, model_of
-from megatron_dlm.checkpoint.retention import Checkpoint, whole_checkpoints
+from megatron_dlm.checkpoint.new_run import implied_settings, refuse_used_directory
+from megatron_dlm.checkpoint.retention import Checkpoint
 from megatron_dlm.checkpoint.tensor_reader import TensorReader
 from megatron_dlm.checkpoint.writer import write_checkpoint
 from megatron_dlm.config.architecture import ModelConfig, weight_settings
 from megatron_dlm.config.moe import MoEConfig
-from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.config.upcycle_command import UpcycleConfig
 from megatron_dlm.config.validate_moe import check_moe
@@ -80,13 +79,14 @@ def upcycle(config: UpcycleConfig) -> None:
             f"{'; '.join(reasons)}; change that, or start near it with allow_inexact true"
         )
     output = Path(config.output_dir)
-    _check_output(output)
+    refuse_used_directory(output, SETTINGS_FILE)
     for reason in reasons:
         print(f"warning: the upcycled model starts near its parent only: {reason}")
     std = config.router_init_std or model.init_method_std
     subject = _Subject(TensorReader(checkpoint.path), model, config.seed, std)
     output.mkdir(parents=True, exist_ok=True)
-    settings = _settings(model, objective, checkpoint, output)
+    tokenizer = checkpoint.manifest["config"]["data"]["tokenizer"]
+    settings = implied_settings(model, objective, tokenizer, output)
     (output / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
     path = _write(subject, checkpoint, output, is_exact=not reasons)
     count = count_parameters(model)
@@ -267,42 +267,6 @@ def _router(subject: _Subject, key: str) -> Tensor:
     shape = (moe.num_experts // size, subject.model.hidden_size)
     rows = initial_values(key, shape, std=subject.router_init_std, seed=subject.seed)
     return rows.repeat_interleave(size, dim=0)
-
-
-def _check_output(output: Path) -> None:
-    whole, _ = whole_checkpoints(output / "checkpoints")
-    if whole:
-        raise ValueError(
-            f"output_dir {output} holds a run (its newest checkpoint is {whole[-1].path.name}); "
-            "name another directory"
-        )
-    if output.is_dir() and any(output.iterdir()) and not (output / SETTINGS_FILE).exists():
-        raise ValueError(f"output_dir {output} holds other files; name a new directory")
-
-
-def _settings(
-    model: ModelConfig, objective: ObjectiveConfig, checkpoint: Checkpoint, output: Path
-) -> dict[str, Any]:
-    """The part of the run's configuration that the weights imply."""
-    settings: dict[str, Any] = {
-        "model": _changed(asdict(model), asdict(ModelConfig())),
-        "objective": {
-            "kind": objective.kind,
-            **_changed(asdict(objective), asdict(ObjectiveConfig())),
-        },
-        "train": {"output_dir": str(output)},
-    }
-    tokenizer = checkpoint.manifest["config"]["data"]["tokenizer"]
-    if tokenizer is not None:
-        settings["data"] = {"tokenizer": tokenizer}
-    return settings
-
-
-def _changed(section: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    changed = {name: value for name, value in section.items() if value != default[name]}
-    if "moe" in changed:
-        changed["moe"] = _changed(changed["moe"], default["moe"])
-    return changed
 
 
 def _write(subject: _Subject, checkpoint: Checkpoint, output: Path, *, is_exact: bool) -> Path:

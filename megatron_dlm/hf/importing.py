@@ -7,16 +7,15 @@ weights imply.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from rich.progress import Progress
 from torch import Tensor
 
-from megatron_dlm.checkpoint.retention import whole_checkpoints
+from megatron_dlm.checkpoint.new_run import implied_settings, refuse_used_directory
 from megatron_dlm.checkpoint.writer import write_checkpoint
 from megatron_dlm.config.architecture import ModelConfig, weight_settings
 from megatron_dlm.config.hf_commands import ImportConfig
@@ -63,13 +62,14 @@ def import_model(config: ImportConfig) -> None:
     # Not every objective may have every kind of experts.
     check_moe(RunConfig(model=subject.model, objective=objective), world_size=1)
     output = Path(config.output_dir)
-    _check_output(output)
+    refuse_used_directory(output, SETTINGS_FILE)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = None
     if subject.source is not None:
         tokenizer = output / "tokenizer"
         _write_tokenizer(subject, tokenizer, config.mask_token)
-    settings = _settings(subject, objective, tokenizer, output)
+    tokenizer_name = None if tokenizer is None else str(tokenizer)
+    settings = implied_settings(subject.model, objective, tokenizer_name, output)
     (output / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
     path = _write_checkpoint(subject, objective, tokenizer, output)
     print(f"imported {subject.path} ({subject.described.layout}): {path}")
@@ -125,17 +125,6 @@ def _tokenizer_source(config: ImportConfig, path: Path) -> TokenizerSource | Non
     return read_source(path)
 
 
-def _check_output(output: Path) -> None:
-    whole, _ = whole_checkpoints(output / "checkpoints")
-    if whole:
-        raise ValueError(
-            f"output_dir {output} holds a run (its newest checkpoint is {whole[-1].path.name}); "
-            "name another directory"
-        )
-    if output.is_dir() and any(output.iterdir()) and not (output / SETTINGS_FILE).exists():
-        raise ValueError(f"output_dir {output} holds other files; name a new directory")
-
-
 def _write_tokenizer(subject: _Subject, directory: Path, mask_token: str) -> None:
     assert subject.source is not None
     source, token = subject.source, subject.mask.token_id
@@ -153,31 +142,6 @@ def _objective(config: ImportConfig, subject: _Subject) -> ObjectiveConfig:
     kind = learned.kind if config.objective == "same" else config.objective
     objective = learned if kind == learned.kind else ObjectiveConfig(kind=kind)
     return replace(objective, mask_token_id=subject.mask.token_id)
-
-
-def _settings(
-    subject: _Subject, objective: ObjectiveConfig, tokenizer: Path | None, output: Path
-) -> dict[str, Any]:
-    """The part of the run's configuration that the weights imply."""
-    settings: dict[str, Any] = {
-        "model": _changed(subject.model, ModelConfig()),
-        "objective": {"kind": objective.kind, **_changed(objective, ObjectiveConfig())},
-        "train": {"output_dir": str(output)},
-    }
-    if tokenizer is not None:
-        settings["data"] = {"tokenizer": str(tokenizer)}
-    return settings
-
-
-def _changed(section: Any, default: Any) -> dict[str, Any]:
-    """Fields, also of sections inside, that are not the default: no more is implied."""
-    changed = {}
-    for item in fields(section):
-        value, standard = getattr(section, item.name), getattr(default, item.name)
-        if value != standard:
-            inside = is_dataclass(value)
-            changed[item.name] = _changed(value, standard) if inside else value
-    return changed
 
 
 def _write_checkpoint(

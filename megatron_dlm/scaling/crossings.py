@@ -82,11 +82,11 @@ def compare(
         means = [
             table[random.integers(len(table), size=len(table))].mean(axis=0) for table in tables
         ]
-        found = _for_good(grid, means[1] - means[0])
+        found = for_good(grid, means[1] - means[0])
         if found is not None:
             drawn.append(found)
     crossing = None
-    place = _for_good(grid, gap)
+    place = for_good(grid, gap)
     if place is not None:
         low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (place, place)
         crossing = Estimate(place, float(low), float(high))
@@ -155,7 +155,8 @@ def _passages(grid: Floats, gap: Floats, values: Floats) -> list[Passage]:
     return found
 
 
-def _for_good(grid: Floats, gap: Floats) -> float | None:
+def for_good(grid: Floats, gap: Floats) -> float | None:
+    """Where `gap` falls below 0 and stays there, by straight lines; None if it does not."""
     not_below = np.flatnonzero(gap >= 0)
     if len(not_below) == 0 or not_below[-1] == len(grid) - 1:
         return None

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from megatron_dlm.scaling.crossings import for_good
+
 
 @dataclass(frozen=True)
 class CurvePoint:
@@ -64,15 +66,8 @@ def find_crossing(first: Sequence[CurvePoint], second: Sequence[CurvePoint]) -> 
     grid = grid[(grid >= start) & (grid <= end)]
     above = np.interp(grid, epochs_b, values_b)
     gap = above - np.interp(grid, epochs_a, values_a)
-    not_below = np.flatnonzero(gap >= 0)
-    if len(not_below) == 0 or not_below[-1] == len(grid) - 1:
-        return None
-    left = int(not_below[-1])
-    share = float(gap[left] / (gap[left] - gap[left + 1]))
-    return Crossing(
-        epoch=float(grid[left] + share * (grid[left + 1] - grid[left])),
-        nats_per_token=float(above[left] + share * (above[left + 1] - above[left])),
-    )
+    epoch = for_good(grid, gap)
+    return None if epoch is None else Crossing(epoch, float(np.interp(epoch, grid, above)))
 
 
 def _as_arrays(

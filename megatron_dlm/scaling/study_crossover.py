@@ -71,10 +71,13 @@ def settings_of(
 ) -> list[Setting]:
     """The settings at which both labels have reported, in the order of the study."""
     _check_axes(study, config)
+    reports: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        reports.setdefault(row["run"], []).append(row)
     curves: dict[str, dict[str, list[Curve]]] = {}
     for run in study.runs:
-        reports = [row for row in rows if row["run"] == run.name]
-        points = [(_x(row, config.x), row.get(config.metric)) for row in reports]
+        of_run = reports.get(run.name, [])
+        points = [(_x(row, config.x), row.get(config.metric)) for row in of_run]
         whole = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
         if len(whole) < 2:
             continue
