@@ -3,7 +3,9 @@
 # make slow         the tests that take minutes each
 # make check        lint, format, types
 # make bench        measure the training step and the data path; prints ratios, so machines compare
-# make clean        remove what the targets above made, .venv included; quickstart/ and runs/ stay
+# make study-toy    the toy studies of docs/science.md from nothing, figures included: hours on two
+#                   cores; again to go on. One of them: make study-toy STUDIES=toy_isoflop
+# make clean        remove what the targets above made, .venv included; quickstart/, toy/ and runs/ stay
 #
 # The first call makes .venv with PYTHON (3.10 to 3.12). On a CUDA machine: make REQUIREMENTS=gpu ...
 
@@ -18,7 +20,11 @@ WORKERS ?= 2
 # The tests start their own ranks; threads of each would only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test slow check bench clean
+# Studies whose results are in docs/studies.
+STUDIES ?= toy_unique_budgets toy_ar_dropout toy_ar_input_masking toy_noise_types \
+  toy_learning_rate_transfer toy_isoflop
+
+.PHONY: quickstart test slow check bench study-toy clean
 
 quickstart: $(READY)
 	$(BIN)/megatron-dlm quickstart
@@ -40,6 +46,16 @@ bench: $(READY)
 	$(BIN)/python tools/benchmarks/preprocess.py
 	$(BIN)/python tools/benchmarks/loader.py
 	$(BIN)/python tools/benchmarks/loss.py
+	$(BIN)/python tools/benchmarks/study_runner.py
+	$(BIN)/python tools/benchmarks/study_gather.py
+
+study-toy: $(READY)
+	$(BIN)/python examples/studies/toy_data.py
+	$(BIN)/python examples/studies/toy_tiers.py
+	for study in $(STUDIES); do \
+	  set -- --study examples/studies/$$study.yaml --output_dir runs/studies/$$study; \
+	  $(BIN)/megatron-dlm study run "$$@" && $(BIN)/megatron-dlm study report "$$@" || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -133,10 +133,25 @@ COMMANDS = {
         "megatron_dlm.config.study_commands:StudyGatherConfig",
         "megatron_dlm.scaling.study_results:gather_study",
     ),
-    "study crossover": (
-        "where one kind of run passes below another",
-        "megatron_dlm.config.study_commands:StudyCrossoverConfig",
-        "megatron_dlm.scaling.study_crossover:crossover_study",
+    "study report": (
+        "figures and tables of a study in one page",
+        "megatron_dlm.config.study_commands:StudyReportConfig",
+        "megatron_dlm.launch.study_report.command:report_study",
+    ),
+    "scaling fit": (
+        "fit a scaling law to results, with intervals",
+        "megatron_dlm.config.scaling_commands:ScalingFitConfig",
+        "megatron_dlm.scaling.fit_command:fit_scaling",
+    ),
+    "scaling recommend": (
+        "what to train with so much data and compute, and which law says so",
+        "megatron_dlm.config.scaling_commands:ScalingRecommendConfig",
+        "megatron_dlm.scaling.recommend_command:recommend_scaling",
+    ),
+    "scaling flops": (
+        "training FLOPs by every convention, and what generating costs",
+        "megatron_dlm.config.scaling_commands:ScalingFlopsConfig",
+        "megatron_dlm.scaling.flops_command:flops_scaling",
     ),
     "slurm render": (
         "write the job script of a run",

@@ -1,4 +1,4 @@
-"""Tokenizer and shards of the toy studies: Python's standard library, a fifth of its files held out.
+"""Tokenizer and shards of the toy studies: Python's library, a fifth of its files held out.
 
     python examples/studies/toy_data.py          # writes toy/, once
 

@@ -92,6 +92,9 @@ class TrainConfig:
     """Run directory: config, metrics, logs and checkpoints."""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on from the newest whole checkpoint of output_dir; never sets that run aside."""
+    start_from: str | None = None
+    """A new run goes on from a checkpoint of another run (its directory, or one iter_NNNNNNN in
+    it): same weights, moments, step and place in the data, such as to decay the rate from there."""
 
     def __post_init__(self) -> None:
         given = {

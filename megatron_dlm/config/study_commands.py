@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from megatron_dlm.config.checks import require, require_fraction
 from megatron_dlm.config.hardware import GPUS
@@ -14,13 +13,13 @@ class StudyPlanConfig:
     """Expand a study into its runs, a list for slurm/sweep.sbatch, and reckon what they cost."""
 
     study: str
-    """YAML file of the study: base, set, axes, leave_out (docs/science.md)."""
+    """YAML file of the study (docs/science.md)."""
     output_dir: str
-    """Folder of the study; gets study.yaml, sweep.txt and plan.json."""
+    """Folder of the study; gets sweep.txt and plan.json."""
     gpu: str = "H100"
-    """GPU whose hours are reckoned."""
+    """GPU whose hours are told for every run; those of the others for all runs together."""
     mfu: float = 0.4
-    """Share of its peak that training reaches."""
+    """Share of its dense bf16 peak that training reaches, FLOPs as computed."""
 
     def __post_init__(self) -> None:
         require(self.gpu in GPUS, f"gpu {self.gpu} is none of {', '.join(GPUS)}")
@@ -80,35 +79,12 @@ class StudyGatherConfig:
 
 
 @dataclass(frozen=True)
-class StudyCrossoverConfig:
-    """Where one kind of run passes below another: a table and a figure of all settings."""
+class StudyReportConfig:
+    """Draw the figures of a study, and write one page with them, its runs and where they are."""
 
     study: str
-    """YAML file of the study."""
+    """YAML file of the study; figures: in it says what is drawn."""
     output_dir: str
-    """Folder of the study; gets crossover.csv, crossover.png and crossover.svg."""
-    axis: str = "objective"
-    """Axis of the study whose labels are compared."""
-    first: str = "ar"
-    """Label that is the lower one at the beginning."""
-    second: str = "masked"
-    """Label that is asked when it becomes the lower one."""
-    seeds: str | None = "seed"
-    """Axis of repetitions: the mean is over its labels, and the intervals come from them; null
-    where there is none."""
-    x: Literal["epoch", "tokens", "training_flops"] = "epoch"
-    """Against what the curves are drawn and cross."""
-    metric: str = "nelbo"
-    """Validation metric, lower is better."""
-    smoothing: float = 0.0
-    """Width of a Gaussian average over the points of a curve, as a factor in x; 0: none."""
-    resamples: int = 1000
-    """Bootstrap resamples of the seeds."""
-
-    def __post_init__(self) -> None:
-        require(self.smoothing >= 0, f"smoothing is {self.smoothing}; it must be at least 0")
-        require(self.resamples > 0, f"resamples is {self.resamples}; it must be greater than 0")
-        require(
-            self.first != self.second,
-            f"first and second are both {self.first}; compare two labels of the axis",
-        )
+    """Folder of the study; gets index.html and .png, .svg and .csv of every figure."""
+    results: str | None = None
+    """Table of `study gather`, .csv or .parquet; default: gathered now, into results.csv."""

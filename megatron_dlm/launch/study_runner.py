@@ -13,7 +13,8 @@ from types import FrameType
 
 from megatron_dlm.config.study_commands import StudyRunConfig
 from megatron_dlm.runtime.processes import num_cores
-from megatron_dlm.scaling.study import StudyRun, read_study
+from megatron_dlm.scaling.study import Study, StudyRun, read_study
+from megatron_dlm.scaling.study_plan import costs_of
 from megatron_dlm.scaling.study_results import run_folder
 from megatron_dlm.training.status import read_status
 
@@ -33,34 +34,78 @@ def run_study(config: StudyRunConfig) -> None:
     """
     folder = Path(config.output_dir)
     study = read_study(Path(config.study))
-    study.check()
+    costs = costs_of(study.configs(folder / "runs"), peak_flops=1.0)
     chosen = [run for run in study.runs if not config.only or _named(run, config.only)]
     waiting = [run for run in chosen if not _is_finished(folder, run)]
     print(f"{study.name}: {len(chosen)} runs, {len(chosen) - len(waiting)} of them finished")
+    # The longest first: what is left for the end is short, and no core waits long for the last.
+    flops = {cost.name: cost.training_flops or 0.0 for cost in costs}
+    queue = _Queue(folder, study, sorted(waiting, key=lambda run: -flops[run.name]))
     stop = _Stop()
-    failed: list[str] = []
     children: list[_Child] = []
     workers = config.workers or num_cores()
-    while waiting or children:
-        while waiting and len(children) < workers and not stop.asked:
-            children.append(_start(folder, waiting.pop(0)))
+    while (queue.waiting and not stop.asked) or children:
+        while len(children) < workers and not stop.asked and (run := queue.next()):
+            children.append(_start(folder, run))
         if stop.asked:
-            waiting.clear()
             stop.pass_on([child.process for child in children])
         for child in [child for child in children if child.process.poll() is not None]:
             children.remove(child)
-            if not stop.asked and not _tell_end(folder, child):
-                failed.append(child.run.name)
+            if not stop.asked:
+                queue.ended(child.run, well=_tell_end(folder, child))
         time.sleep(_POLL_SECONDS)
     stop.close()
     if stop.asked:
         print("stopped; the same command goes on from here")
         raise SystemExit(128 + stop.asked)
-    if failed:
-        raise ValueError(
-            f"{len(failed)} of {len(chosen)} runs failed: {', '.join(failed)}; their train.log and "
-            f"output.log under {folder / 'runs'} say why; the same command tries them again"
-        )
+    queue.refuse_failures(len(chosen))
+
+
+class _Queue:
+    """Runs that are still to be trained: each after those whose checkpoints it needs."""
+
+    def __init__(self, folder: Path, study: Study, waiting: list[StudyRun]) -> None:
+        self.waiting = waiting
+        self._folder = folder
+        self._failed: list[str] = []
+        self._finished = {run.name for run in study.runs if _is_finished(folder, run)}
+        self._give_up({run.name for run in study.runs} - {run.name for run in waiting})
+
+    def next(self) -> StudyRun | None:
+        """The first one that may start now; None where there is none."""
+        for run in self.waiting:
+            if self._finished.issuperset(run.after):
+                self.waiting.remove(run)
+                return run
+        return None
+
+    def ended(self, run: StudyRun, *, well: bool) -> None:
+        """What needs a run that failed will not start."""
+        if well:
+            self._finished.add(run.name)
+            return
+        self._failed.append(run.name)
+        self._give_up({run.name})
+
+    def refuse_failures(self, num_runs: int) -> None:
+        """Raise ValueError if runs failed or could not start."""
+        if self._failed:
+            raise ValueError(
+                f"{len(self._failed)} of {num_runs} runs failed: {', '.join(self._failed)}; their "
+                f"train.log and output.log under {self._folder / 'runs'} say why; the same command "
+                "tries them again"
+            )
+
+    def _give_up(self, not_coming: set[str]) -> None:
+        """Take out what waits for runs that will not be finished, and what waits for that."""
+        missing = not_coming - self._finished
+        while lost := [run for run in self.waiting if missing.intersection(run.after)]:
+            for run in lost:
+                needed = ", ".join(sorted(missing.intersection(run.after)))
+                print(f"not started: {run.name} needs {needed}", flush=True)
+                self.waiting.remove(run)
+                self._failed.append(run.name)
+                missing.add(run.name)
 
 
 def _named(run: StudyRun, texts: list[str]) -> bool:
@@ -79,8 +124,8 @@ def _start(folder: Path, run: StudyRun) -> _Child:
     with (directory / "output.log").open("ab") as log:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "megatron_dlm", "train", *run.flags),
-                *("--train.output_dir", str(directory)),
+                *(sys.executable, "-m", "megatron_dlm", "train"),
+                *(*run.flags_in(folder / "runs"), "--train.output_dir", str(directory)),
             ],
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -9,11 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
-from scipy.optimize import least_squares
 
-from megatron_dlm.scaling.bootstrap import Floats
+from megatron_dlm.scaling.bootstrap import (
+    Estimate,
+    Floats,
+    intervals,
+    spread_residuals,
+    wild_factors,
+)
+from megatron_dlm.scaling.descent import descend
+
+_LEAST_SQUARES = 1e3
+"""A Huber delta that no residual of a logarithm reaches."""
 
 
 @dataclass(frozen=True)
@@ -44,38 +54,87 @@ class IsoLoss:
         return float(self.min_batch_tokens * 2 ** (1 / self.sharpness))
 
 
-def fit_iso_loss(steps: Sequence[float], batch_tokens: Sequence[float]) -> IsoLoss:
+@dataclass(frozen=True)
+class IsoLossFit:
+    """A hyperbola, and how sure its numbers are."""
+
+    law: IsoLoss
+    intervals: dict[str, Estimate]
+    """Its fields, and least_tokens_batch; empty without bootstrap."""
+
+
+class _Hyperbola:
+    """log S of log B, with theta = log S_min, log(log(lowest B / B_min)), log a."""
+
+    names: tuple[str, ...] = ("log_min_steps", "log_gap", "log_sharpness")
+    starts: tuple[tuple[float, ...], ...] = (
+        (-0.5, -3.0),
+        (float(np.log(0.5)), float(np.log(3.0))),
+        (float(np.log(0.15)), float(np.log(0.5)), 0.0),
+    )
+    """The first counts from the fewest steps."""
+
+    def __init__(self, lowest_log_batch: float) -> None:
+        self.lowest = lowest_log_batch
+
+    def log_loss(self, theta: Floats, runs: Floats) -> tuple[Floats, Floats]:
+        """See `parametric_laws.Law.log_loss`; runs [n, 1] of log B -> log S."""
+        log_min_steps, log_gap, log_sharpness = np.moveaxis(theta, -1, 0)[..., None]
+        # The smallest batch stays below every batch that reached the loss.
+        gap, sharpness = np.exp(log_gap), np.exp(log_sharpness)
+        above = runs[:, 0] - self.lowest + gap
+        excess = np.expm1(sharpness * above)
+        rise = np.log1p(1 / excess) / sharpness
+        slopes = [np.ones_like(rise), -gap / excess, -rise - above / excess]
+        return log_min_steps + rise, np.stack(slopes)
+
+
+def fit_iso_loss(
+    steps: Sequence[float], batch_tokens: Sequence[float], *, count: int = 0, seed: int = 0
+) -> IsoLossFit:
     """Least squares between logarithms of steps, given batch sizes; from several starts.
 
-    Raises ValueError for fewer than three different batch sizes.
+    With `count` resamples also intervals, from a wild bootstrap. Raises ValueError for fewer than
+    three different batch sizes, and for intervals without a fourth point.
     """
     log_s, log_b = (
         np.log(np.asarray(values, dtype=np.float64)) for values in (steps, batch_tokens)
     )
     if len(np.unique(log_b)) < 3:
         raise ValueError("an iso-loss curve needs three different batch sizes; give more runs")
-
-    def residuals(theta: Floats) -> Floats:
-        log_min_s, log_gap, log_a = theta
-        sharpness = np.exp(log_a)
-        # The smallest batch stays below every batch that reached the loss.
-        log_min_b = log_b.min() - np.exp(log_gap)
-        excess = np.expm1(sharpness * (log_b - log_min_b))
-        values: Floats = log_min_s + np.log1p(1 / excess) / sharpness - log_s
-        return values
-
-    starts = [
-        (log_s.min() - drop, np.log(gap), np.log(a))
-        for drop in (0.5, 3.0)
-        for gap in (0.5, 3.0)
-        for a in (0.15, 0.5, 1.0)
-    ]
-    with np.errstate(over="ignore"):
-        tries = [least_squares(residuals, start) for start in starts]
-    best = min(tries, key=lambda found: found.cost)
-    log_min_s, log_gap, log_a = best.x
-    return IsoLoss(
-        float(np.exp(log_min_s)),
-        float(np.exp(log_b.min() - np.exp(log_gap))),
-        float(np.exp(log_a)),
+    spare = len(log_s) - len(_Hyperbola.names)
+    if count and spare < 1:
+        raise ValueError("three points leave nothing to judge an iso-loss curve by; give four")
+    law, runs = _Hyperbola(float(log_b.min())), log_b[:, None]
+    starts = np.array(list(product(*law.starts)))
+    starts[:, 0] += log_s.min()
+    ends, costs = descend(law, starts, runs, log_s, delta=_LEAST_SQUARES, max_steps=1000)
+    theta = ends[costs.argmin()]
+    found = {}
+    if count:
+        fitted, slopes = law.log_loss(theta, runs)
+        spread = spread_residuals(slopes.T, log_s - fitted)
+        targets = fitted + wild_factors(range(len(log_s)), spare, count, seed) * spread
+        begins = np.tile(theta, (count, 1))
+        drawn, _ = descend(law, begins, runs, targets, delta=_LEAST_SQUARES)
+        # In logarithms: a flat resample may say any number, and products of it would overflow.
+        table = _logarithms(law, drawn)
+        names = ("min_steps", "min_batch_tokens", "sharpness", "least_tokens_batch")
+        estimates = intervals(_logarithms(law, theta[None])[0].tolist(), table)
+        with np.errstate(over="ignore"):
+            found = {
+                name: Estimate(*(float(np.exp(v)) for v in (e.value, e.low, e.high)))
+                for name, e in zip(names, estimates, strict=True)
+            }
+    log_min_s, log_min_b, log_a, _ = _logarithms(law, theta[None])[0]
+    return IsoLossFit(
+        IsoLoss(float(np.exp(log_min_s)), float(np.exp(log_min_b)), float(np.exp(log_a))), found
     )
+
+
+def _logarithms(law: _Hyperbola, theta: Floats) -> Floats:
+    """[rows, 4]: of S_min, B_min, a and the batch of fewest tokens."""
+    log_min_s, log_gap, log_a = theta.T
+    log_min_b = law.lowest - np.exp(log_gap)
+    best = log_min_b + np.log(2) / np.exp(log_a)
+    return np.stack([log_min_s, log_min_b, log_a, best], axis=1)

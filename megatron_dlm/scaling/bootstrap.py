@@ -1,15 +1,23 @@
-"""Intervals by resampling: what a fit would have said had other runs of the same kind been made."""
+"""Intervals: what a fit would have said had other runs of the same kind been made.
+
+Two ways, both for all resamples at once:
+
+- cases: runs are drawn with replacement. For laws that are not linear, with many runs.
+- wild: the runs stay, each keeps its place in the design, and its residual comes back with a random
+  factor. For lines and parabolas, which may have few runs: a design of five sizes cannot lose one.
+  Residuals are divided by sqrt(1 - leverage) [MacKinnon and White 1985, HC2; Wu 1986] and share one
+  Student factor, as their variance is known from few of them only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -24,57 +32,48 @@ class Estimate:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
-def resamples(
-    num_items: int, count: int, seed: int, groups: Sequence[object] | None = None
-) -> Iterator[Indices]:
-    """`count` draws of num_items indices with replacement.
-
-    With groups (one label per item) every group keeps its size: runs of one compute budget, or
-    seeds of one setting, are exchanged for each other only.
-    """
+def case_weights(num_items: int, count: int, seed: int) -> Floats:
+    """[count, num_items]: how often each item is in each of `count` draws with replacement."""
     random = np.random.default_rng(seed)
-    labels = [0] * num_items if groups is None else list(groups)
-    assert len(labels) == num_items, (len(labels), num_items)
-    members = [
-        np.array([place for place, label in enumerate(labels) if label == group], dtype=np.int64)
-        for group in dict.fromkeys(labels)
-    ]
-    for _ in range(count):
-        yield np.concatenate([random.choice(group, len(group)) for group in members])
+    shares = np.full(num_items, 1 / num_items)
+    return random.multinomial(num_items, shares, size=count).astype(np.float64)
 
 
-def estimates(
-    fit: Callable[[Indices], Sequence[float]],
-    num_items: int,
-    *,
-    count: int = 1000,
-    seed: int = 0,
-    groups: Sequence[object] | None = None,
-    level: float = 0.95,
-) -> list[Estimate]:
-    """The numbers that `fit` makes of all items, with percentile intervals over resamples.
+def wild_factors(labels: Sequence[object], spare: float, count: int, seed: int) -> Floats:
+    """[count, items]: what each residual is multiplied with; items of one label share a factor.
 
-    A resample that cannot be fitted (ValueError) is left out; ValueError if more than half are.
+    spare: how many more labels there are than numbers fitted. The factors are Student's t with as
+    many degrees of freedom: a common part per resample, and a normal part per label.
     """
-    values = fit(np.arange(num_items))
-    drawn: list[Sequence[float]] = []
-    for indices in resamples(num_items, count, seed, groups):
-        try:
-            drawn.append(fit(indices))
-        except ValueError:
-            continue
-    if len(drawn) < count / 2:
-        raise ValueError(
-            f"only {len(drawn)} of {count} resamples could be fitted; the runs are too few or too "
-            "alike for an interval"
-        )
-    return intervals(values, np.asarray(drawn, dtype=np.float64), level=level)
+    assert spare > 0, spare
+    random = np.random.default_rng(seed)
+    places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
+    normal = random.normal(size=(count, len(places)))
+    common = np.sqrt(spare / random.chisquare(spare, size=(count, 1)))
+    return (common * normal)[:, [places[label] for label in labels]]
+
+
+def spread_residuals(design: Floats, residuals: Floats) -> Floats:
+    """Residuals [n] of least squares on design [n, k], each divided by sqrt(1 - its leverage)."""
+    leverage = np.einsum("nk,kn->n", design, np.linalg.pinv(design))
+    free = 1 - leverage
+    # A run that alone fixes a number of the fit has no residual to learn from.
+    return np.where(free > 1e-9, residuals / np.sqrt(np.maximum(free, 1e-9)), 0.0)
 
 
 def intervals(values: Sequence[float], drawn: Floats, *, level: float = 0.95) -> list[Estimate]:
-    """Percentile intervals of the columns of drawn [resamples, k] around values [k]."""
+    """Percentile intervals of the columns of drawn [resamples, k] around values [k].
+
+    A resample that could not be fitted has a NaN and is left out; ValueError if more than half are.
+    """
+    whole = drawn[np.isfinite(drawn).all(axis=1)]
+    if len(whole) < max(len(drawn) / 2, 1):
+        raise ValueError(
+            f"only {len(whole)} of {len(drawn)} resamples could be fitted; the runs are too few or "
+            "too alike for an interval"
+        )
     tail = (1 - level) / 2
-    lows, highs = np.quantile(drawn, [tail, 1 - tail], axis=0)
+    lows, highs = np.quantile(whole, [tail, 1 - tail], axis=0)
     return [
         Estimate(float(value), float(low), float(high))
         for value, low, high in zip(values, lows, highs, strict=True)

@@ -12,8 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_dlm.scaling.bootstrap import Estimate, Floats
-from megatron_dlm.scaling.power_law import fit_power_law
+from megatron_dlm.scaling.bootstrap import Estimate, Floats, intervals
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,20 @@ class Curve:
             raise ValueError(f"a curve needs two points or more, this one has {len(self.x)}")
         if not np.all(np.diff(self.x) > 0):
             raise ValueError("the x of a curve must rise; leave repeated points out")
+
+    def smoothed(self, width: float) -> Curve:
+        """A Gaussian average over the points; width: standard deviation in natural logarithms of x.
+
+        0.1 averages over about 10 % of x; 0 changes nothing. A point at x = 0 stays as it is.
+        """
+        if width == 0:
+            return self
+        with np.errstate(divide="ignore", invalid="ignore"):
+            distance = (np.log(self.x)[:, None] - np.log(self.x)[None, :]) / width
+        # log 0 - log 0: a point is at no distance from itself.
+        np.fill_diagonal(distance, 0.0)
+        weights = np.exp(-(distance**2) / 2)
+        return Curve(self.x, weights @ self.y / weights.sum(axis=1))
 
 
 @dataclass(frozen=True)
@@ -47,10 +60,14 @@ class Comparison:
     passages: tuple[Passage, ...]
     """Every crossing of the means, in order."""
     crossing: Estimate | None
-    """Where the second is lower for good; None if it is not at the end. The interval is over seeds,
-    among those resamples that cross: see `share`."""
+    """Where the second is lower for good; None if it is not at the end, or was from the start. The
+    interval is over seeds, among those resamples that cross: see `share`."""
+    start: float
+    """The start of the common range: where the second is lower all along, it crossed before."""
     bound: float
-    """The end of the common range: without a crossing, one can only lie beyond it."""
+    """The end of the common range: where the second is not lower there, it can only cross later."""
+    is_below_at_end: bool
+    """Whether the second family is the lower one at the end of the range."""
     share: float
     """Share of the resamples in which the second family is lower at the end and was not before."""
     smoothing: float
@@ -93,7 +110,9 @@ def compare(
     return Comparison(
         tuple(passages),
         crossing,
+        start=float(grid[0]),
         bound=float(grid[-1]),
+        is_below_at_end=bool(gap[-1] < 0),
         share=len(drawn) / count if count else float(crossing is not None),
         smoothing=smoothing,
     )
@@ -104,25 +123,23 @@ def best(family: Sequence[Curve]) -> float:
     return float(np.mean([curve.y.min() for curve in family]))
 
 
-def data_potential(
-    first: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]], *, at: float
-) -> float:
-    """How many times less unique data the second kind needs for the score it has at `at`.
+def best_x(family: Sequence[Curve]) -> float:
+    """Mean over seeds of the x of the lowest y."""
+    return float(np.mean([curve.x[curve.y.argmin()] for curve in family]))
 
-    (unique tokens, score) of each kind, lower is better. The first kind's score is joined between
-    its budgets in logarithms, and continued by a power law where it must be. Above 1 the second
-    kind gets more out of its data.
-    """
-    tokens, scores = (np.array(column) for column in zip(*sorted(first), strict=True))
-    ours, theirs = (np.array(column) for column in zip(*sorted(second), strict=True))
-    if not ours[0] <= at <= ours[-1]:
-        raise ValueError(f"{at:.3g} unique tokens lie outside of {ours[0]:.3g} to {ours[-1]:.3g}")
-    score = float(np.exp(np.interp(np.log(at), np.log(ours), np.log(theirs))))
-    if scores.min() <= score <= scores.max() and np.all(np.diff(scores) < 0):
-        needed = np.exp(np.interp(-np.log(score), -np.log(scores), np.log(tokens)))
-    else:
-        needed = fit_power_law(tokens, scores).inverse(score)
-    return float(needed / at)
+
+def best_difference(
+    first: Sequence[Curve], second: Sequence[Curve], *, count: int = 1000, seed: int = 0
+) -> Estimate:
+    """The second family's best less the first's, with an interval by resampling seeds."""
+    lowest = [np.array([curve.y.min() for curve in family]) for family in (first, second)]
+    random = np.random.default_rng(seed)
+    means = [
+        values[random.integers(len(values), size=(count, len(values)))].mean(axis=1)
+        for values in lowest
+    ]
+    value = lowest[1].mean() - lowest[0].mean()
+    return intervals([float(value)], (means[1] - means[0])[:, None])[0]
 
 
 def _common_grid(curves: Sequence[Curve]) -> Floats:
@@ -135,12 +152,7 @@ def _common_grid(curves: Sequence[Curve]) -> Floats:
 
 def _on(curve: Curve, grid: Floats, smoothing: float) -> Floats:
     """y at the grid, by straight lines in x, of the curve as it is or smoothed."""
-    values = curve.y
-    if smoothing > 0:
-        distance = (np.log(curve.x)[:, None] - np.log(curve.x)[None, :]) / smoothing
-        weights = np.exp(-(distance**2) / 2)
-        values = weights @ curve.y / weights.sum(axis=1)
-    return np.asarray(np.interp(grid, curve.x, values), dtype=np.float64)
+    return np.asarray(np.interp(grid, curve.x, curve.smoothed(smoothing).y), dtype=np.float64)
 
 
 def _passages(grid: Floats, gap: Floats, values: Floats) -> list[Passage]:

@@ -44,6 +44,21 @@ def training_flops(model: ModelConfig, objective: ObjectiveConfig) -> TrainingFl
     )
 
 
+def table_facts(model: ModelConfig, objective: ObjectiveConfig) -> dict[str, float]:
+    """What a tidy table says of a run beside the facts of run.json, whose FLOPs are the fine count.
+
+    num_parameters_without_embeddings: of those that a token meets.
+    """
+    parameters, flops = count_parameters(model), training_flops(model, objective)
+    return {
+        "num_parameters_without_embeddings": parameters.active
+        - parameters.embedding
+        - parameters.output_layer,
+        "flops_per_token_six_n": flops.six_n,
+        "flops_per_token_six_p_and_attention": flops.six_p_and_attention,
+    }
+
+
 @dataclass(frozen=True)
 class GenerationFlops:
     """FLOPs of generating one text."""

@@ -11,8 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dlm.scaling.bootstrap import Estimate, Floats, Indices, estimates
-from megatron_dlm.scaling.power_law import PowerLaw, fit_power_law
+from megatron_dlm.scaling.bootstrap import Estimate, Floats, intervals
+from megatron_dlm.scaling.minima import Minima, Point, find_minima, reasons
+from megatron_dlm.scaling.power_law import PowerLaw, lines
+
+NAMES = ("size", "data", "loss")
+"""What has a law."""
+
+_SAME = 1e-9
+"""Budgets closer than this, relative, are one: they come out of products of rounded numbers."""
 
 
 @dataclass(frozen=True)
@@ -23,22 +30,33 @@ class Trained:
     size: float
     """Parameters, or FLOPs per token: whatever size the law shall be in."""
     loss_nats: float
+    run: str = ""
+    """Points of one run share its errors; without a name every point is a run of its own."""
+    tokens: float = 0.0
+    """Trained on; 0: compute / size, which holds where size is in FLOPs per token."""
 
     @property
     def data(self) -> float:
-        """compute / size: tokens where size is in FLOPs per token."""
-        return self.compute_flops / self.size
+        """Tokens."""
+        return self.tokens or self.compute_flops / self.size
 
 
 @dataclass(frozen=True)
-class Parabola:
-    """loss = lowest + curvature * (log size - log best_size)^2."""
+class TrainingCurve:
+    """The validations of one run whose learning rate is not annealed."""
 
-    best_size: float
-    lowest: float
-    curvature: float
-    is_inside: bool
-    """Whether the best size lies between the smallest and the largest that were trained."""
+    run: str
+    size: float
+    flops_per_token: float
+    tokens: Floats
+    """[n], rising."""
+    loss_nats: Floats
+    """[n]"""
+
+    @property
+    def compute_flops(self) -> Floats:
+        """[n]: spent until each validation."""
+        return self.flops_per_token * self.tokens
 
 
 @dataclass(frozen=True)
@@ -49,12 +67,8 @@ class Optimum:
     size: float
     loss_nats: float
     num_models: int
-    is_inside: bool
-
-    @property
-    def data(self) -> float:
-        """compute / size."""
-        return self.compute_flops / self.size
+    data: float
+    """Tokens."""
 
 
 @dataclass(frozen=True)
@@ -67,99 +81,130 @@ class ComputeOptimal:
     loss: PowerLaw
     intervals: dict[str, Estimate]
     """"size", "data" and "loss": the exponents."""
+    drawn: dict[str, Floats]
+    """The same names -> [resamples, 2]: coefficient and exponent of every resample."""
+    left_out: dict[float, str]
+    """Budgets without a best size among those trained, and why."""
 
 
-def fit_parabola(sizes: Sequence[float] | Floats, losses: Sequence[float] | Floats) -> Parabola:
-    """Least squares of a parabola in log size.
-
-    Raises ValueError for fewer than three sizes, and where it opens downwards: no best size.
-    """
-    log_size = np.log(np.asarray(sizes, dtype=np.float64))
-    values = np.asarray(losses, dtype=np.float64)
-    if len(np.unique(log_size)) < 3:
-        raise ValueError("a parabola needs three different sizes; train more at this budget")
-    center = log_size.mean()  # far from 0 the powers would lose digits
-    curvature, slope, offset = np.polyfit(log_size - center, values, 2)
-    if curvature <= 0:
-        raise ValueError("the losses of this budget have no lowest point in the size")
-    best = -slope / (2 * curvature)
-    return Parabola(
-        best_size=float(np.exp(center + best)),
-        lowest=float(offset - curvature * best**2),
-        curvature=float(curvature),
-        is_inside=bool(log_size.min() <= center + best <= log_size.max()),
-    )
-
-
-def optima_of(models: Sequence[Trained]) -> tuple[Optimum, ...]:
-    """The best model of every budget, smallest budget first.
-
-    Raises ValueError, which names the budget, where one has none.
-    """
-    optima = []
-    for compute in sorted({model.compute_flops for model in models}):
-        of_budget = [model for model in models if model.compute_flops == compute]
-        try:
-            parabola = fit_parabola(
-                [model.size for model in of_budget], [model.loss_nats for model in of_budget]
-            )
-        except ValueError as error:
-            raise ValueError(f"compute {compute:.3g} FLOPs: {error}") from None
-        optima.append(
-            Optimum(
-                compute,
-                parabola.best_size,
-                parabola.lowest,
-                num_models=len(of_budget),
-                is_inside=parabola.is_inside,
-            )
-        )
-    return tuple(optima)
+def optima_of(models: Sequence[Trained]) -> tuple[tuple[Optimum, ...], dict[float, str]]:
+    """The best model of every budget, smallest first; and the budgets without one, with why."""
+    minima = find_minima(_points(models), count=0)
+    return _optima(minima, _token_lines(models)), minima.left_out
 
 
 def fit_compute_optimal(
-    models: Sequence[Trained], *, count: int = 1000, seed: int = 0
+    models: Sequence[Trained], *, count: int = 1000, seed: int = 0, weighted: bool = False
 ) -> ComputeOptimal:
-    """Power laws through the optima; intervals by resampling the models of every budget.
+    """Power laws through the optima; intervals by a wild bootstrap over the runs.
 
-    Raises ValueError where a budget has no optimum, or all have the same compute.
+    weighted: every optimum counts by how sure it is (1 / variance of its logarithm over resamples),
+    instead of all alike. Raises ValueError where fewer than two budgets have an optimum.
     """
-    table = np.array([[m.compute_flops, m.size, m.loss_nats] for m in models], dtype=np.float64)
-
-    def fit(chosen: Indices) -> list[float]:
-        laws = _laws(optima_of([Trained(*row) for row in table[chosen].tolist()]))
-        return [law.exponent for law in laws]
-
-    exponents = estimates(
-        fit, len(models), count=count, seed=seed, groups=[m.compute_flops for m in models]
+    minima = find_minima(_points(models), count=count, seed=seed)
+    if len(minima.groups) < 2:
+        named = {f"{budget:.3g} FLOPs": why for budget, why in minima.left_out.items()}
+        why = f": {reasons(named)}" if named else ""
+        raise ValueError(f"{len(minima.groups)} budgets have a best size; laws need two{why}")
+    token_lines = _token_lines(models)
+    optima = _optima(minima, token_lines)
+    log_compute = np.log(minima.groups)
+    values = np.log([[optimum.size, optimum.data, optimum.loss_nats] for optimum in optima])
+    drawn_values = _drawn_values(minima, token_lines)
+    fits, drawn = {}, {}
+    for place, name in enumerate(NAMES):
+        weight = np.ones(len(optima))
+        if weighted:
+            weight = 1 / np.nanvar(drawn_values[place], axis=0).clip(min=1e-24)
+        fits[name] = lines(log_compute, values[None, :, place], weight)[0]
+        drawn[name] = lines(log_compute, drawn_values[place], weight)
+    size, data, loss = (PowerLaw(float(fits[name][0]), float(fits[name][1])) for name in NAMES)
+    exponents = {name: intervals(fits[name].tolist(), drawn[name])[1] for name in NAMES}
+    return ComputeOptimal(
+        optima, size, data, loss, intervals=exponents, drawn=drawn, left_out=minima.left_out
     )
-    optima = optima_of(models)
-    size, data, loss = _laws(optima)
-    names = ("size", "data", "loss")
-    return ComputeOptimal(optima, size, data, loss, dict(zip(names, exponents, strict=True)))
 
 
-def _laws(optima: Sequence[Optimum]) -> tuple[PowerLaw, PowerLaw, PowerLaw]:
-    compute = [optimum.compute_flops for optimum in optima]
-    return (
-        fit_power_law(compute, [optimum.size for optimum in optima]),
-        fit_power_law(compute, [optimum.data for optimum in optima]),
-        fit_power_law(compute, [optimum.loss_nats for optimum in optima]),
-    )
-
-
-def at_budgets(
-    curves: Sequence[tuple[float, Floats, Floats]], budgets: Sequence[float]
-) -> list[Trained]:
+def at_budgets(curves: Sequence[TrainingCurve], budgets: Sequence[float]) -> list[Trained]:
     """Models at given budgets, read off training curves that never anneal.
 
-    curves: (size, compute so far [n], loss [n]). Losses between two reports are interpolated in the
-    logarithm of compute; a curve says nothing about budgets outside of it.
+    Losses between two reports are interpolated in the logarithm of compute; a curve says nothing
+    about budgets outside of it.
     """
     found = []
-    for size, compute, loss in curves:
+    for curve in curves:
+        compute = curve.compute_flops
         for budget in budgets:
-            if compute[0] <= budget <= compute[-1]:
-                value = np.interp(np.log(budget), np.log(compute), loss)
-                found.append(Trained(budget, size, float(value)))
+            if compute[0] * (1 - _SAME) <= budget <= compute[-1] * (1 + _SAME):
+                value = float(np.interp(np.log(budget), np.log(compute), curve.loss_nats))
+                tokens = budget / curve.flops_per_token
+                found.append(Trained(budget, curve.size, value, curve.run, tokens))
     return found
+
+
+def budgets_of(curves: Sequence[TrainingCurve], count: int) -> list[float]:
+    """`count` budgets, evenly in logarithms, over the range where three sizes or more have a loss.
+
+    Raises ValueError where there is no such range.
+    """
+    ends = [(c.size, c.compute_flops[0] * (1 - _SAME), c.compute_flops[-1]) for c in curves]
+
+    def is_covered(budget: float) -> bool:
+        return len({size for size, low, high in ends if low <= budget <= high * (1 + _SAME)}) >= 3
+
+    known = sorted(end for _, low, high in ends for end in (low, high) if is_covered(end))
+    if not known or known[0] >= known[-1]:
+        raise ValueError(
+            "no range of compute is covered by the curves of three sizes; train the small ones "
+            "longer, or report more often"
+        )
+    grid = np.geomspace(known[0] * (1 + _SAME), known[-1], count)
+    return [float(budget) for budget in grid if is_covered(float(budget))]
+
+
+def _points(models: Sequence[Trained]) -> list[Point]:
+    """Budgets that differ by rounding only become one."""
+    found: list[Point] = []
+    budget = 0.0
+    for place, model in sorted(enumerate(models), key=lambda pair: pair[1].compute_flops):
+        if model.compute_flops > budget * (1 + _SAME):
+            budget = model.compute_flops
+        run = model.run or f"#{place}"
+        found.append(Point(budget, model.size, model.loss_nats, run))
+    return found
+
+
+def _token_lines(models: Sequence[Trained]) -> dict[float, tuple[float, float]]:
+    """Budget -> coefficient and exponent of tokens against size; a line, as FLOPs per token is."""
+    of_budget: dict[float, list[Trained]] = {}
+    ordered = sorted(models, key=lambda model: model.compute_flops)
+    for point, model in zip(_points(models), ordered, strict=True):
+        of_budget.setdefault(point.group, []).append(model)
+    found = {}
+    for budget, group in of_budget.items():
+        log_size = np.log([model.size for model in group])
+        if np.ptp(log_size) > _SAME:
+            log_data = np.log([model.data for model in group])
+            line = lines(log_size, log_data[None], np.ones_like(log_size))[0]
+            found[budget] = (float(line[0]), float(line[1]))
+    return found
+
+
+def _optima(minima: Minima, token_lines: dict[float, tuple[float, float]]) -> tuple[Optimum, ...]:
+    found = []
+    for place, budget in enumerate(minima.groups):
+        size = float(np.exp(minima.log_settings[place]))
+        tokens = PowerLaw(*token_lines[budget])(size)
+        value = float(minima.values[place])
+        found.append(Optimum(budget, size, value, minima.num_points[place], tokens))
+    return tuple(found)
+
+
+def _drawn_values(
+    minima: Minima, token_lines: dict[float, tuple[float, float]]
+) -> tuple[Floats, Floats, Floats]:
+    """Logarithms [resamples, budgets] of size, tokens and loss."""
+    coefficients, exponents = np.array([token_lines[budget] for budget in minima.groups]).T
+    log_size, loss = minima.drawn_log_settings, minima.drawn_values
+    log_data = np.log(coefficients) + exponents * log_size
+    return log_size, log_data, np.log(np.where(loss > 0, loss, np.nan))

@@ -1,25 +1,27 @@
-"""Loss as a function of parameters and data: Chinchilla's law, and its versions for repeated data.
+"""The parametric laws, fitted with intervals, and what they say of other runs.
 
-All are fitted as Hoffmann et al. 2022 (approach 3) do: the Huber loss between logarithms, minimised
-from many starts. Residuals of a few runs that went wrong then move the fit but little. They descend
-with L-BFGS; we take a trust-region Gauss-Newton method to the same minimum, some 100 times faster.
+Fitted as Hoffmann et al. 2022 (approach 3) do: the Huber loss between logarithms, minimised from
+many starts. Residuals of a few runs that went wrong then move the fit but little. They descend with
+L-BFGS from one start at a time; descent.py reaches the same minimum from all of them at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
 
 import numpy as np
-from scipy.optimize import least_squares
 
-from megatron_dlm.scaling.bootstrap import Estimate, Floats, Indices, intervals, resamples
+from megatron_dlm.scaling.bootstrap import Estimate, Floats, case_weights, intervals
+from megatron_dlm.scaling.descent import descend
+from megatron_dlm.scaling.parametric_laws import LAWS, Law
 
-_HUBER_DELTA = 1e-3
-_MAX_STARTS = 64
-_MAX_EVALUATIONS = 200
+_MAX_STARTS = 256
+_FIRST_STEPS = 25
+_FINALISTS = 16
+_SAME = 1e-6
+_EPOCHS = np.geomspace(1.0, 1e5, 2001)
 
 
 @dataclass(frozen=True)
@@ -37,106 +39,6 @@ class Observation:
         return self.unique_tokens * self.epochs
 
 
-class Law(Protocol):
-    """log L(runs; theta) and its gradient."""
-
-    names: tuple[str, ...]
-    """What the numbers of theta are; those that start with log_ are logarithms."""
-    starts: tuple[tuple[float, ...], ...]
-    """Values from which each number is searched."""
-
-    def log_loss(self, theta: Floats, runs: Floats) -> tuple[Floats, Floats]:
-        """runs [n, 3] of log N, log U, log epochs -> log L [n], its gradient [n, k]."""
-
-
-class Chinchilla:
-    """L = E + A / N^alpha + B / D^beta, with D the tokens trained on, repeats counted as new."""
-
-    names: tuple[str, ...] = ("log_e", "log_a", "log_b", "alpha", "beta")
-    starts: tuple[tuple[float, ...], ...] = (
-        (-1.0, 0.0, 1.0),
-        (0.0, 5.0, 10.0),
-        (0.0, 5.0, 10.0),
-        (0.2, 0.5, 0.8),
-        (0.2, 0.5, 0.8),
-    )
-
-    def log_loss(self, theta: Floats, runs: Floats) -> tuple[Floats, Floats]:
-        """See `Law.log_loss`."""
-        log_e, log_a, log_b, alpha, beta = theta
-        log_n, log_d = runs[:, 0], runs[:, 1] + runs[:, 2]
-        terms = np.stack([np.full_like(log_n, log_e), log_a - alpha * log_n, log_b - beta * log_d])
-        total, shares = _log_sum(terms)
-        slopes = [shares[0], shares[1], shares[2], -shares[1] * log_n, -shares[2] * log_d]
-        return total, np.stack(slopes, axis=1)
-
-
-class Repeated:
-    """Chinchilla's law where the i-th repetition of data is worth less than the one before.
-
-    D is replaced by U (1 + R (1 - exp(-(epochs - 1) / R))): Muennighoff et al. 2023, equation 5,
-    without their term for excess parameters. As epochs grow the loss falls to a floor.
-    """
-
-    names: tuple[str, ...] = (*Chinchilla.names, "log_r")
-    starts: tuple[tuple[float, ...], ...] = (*Chinchilla.starts, (1.0, 3.0, 6.0))
-
-    def log_loss(self, theta: Floats, runs: Floats) -> tuple[Floats, Floats]:
-        """See `Law.log_loss`."""
-        log_e, log_a, log_b, alpha, beta, log_r = theta
-        log_n, log_u, repeats = runs[:, 0], runs[:, 1], np.expm1(runs[:, 2])
-        half_life = np.exp(log_r)
-        decay = np.exp(-repeats / half_life)
-        worth = 1 + half_life * (1 - decay)
-        log_d = log_u + np.log(worth)
-        terms = np.stack([np.full_like(log_n, log_e), log_a - alpha * log_n, log_b - beta * log_d])
-        total, shares = _log_sum(terms)
-        worth_slope = half_life * (1 - decay) - repeats * decay  # d worth / d log_r
-        slopes = [
-            *(shares[0], shares[1], shares[2], -shares[1] * log_n, -shares[2] * log_d),
-            -shares[2] * beta * worth_slope / worth,
-        ]
-        return total, np.stack(slopes, axis=1)
-
-
-class Overfitted:
-    """`Repeated`, and too many epochs do harm: plus (epochs N^mu / (K U^nu))^gamma.
-
-    A law without the last term cannot turn up again, as validation losses of repeated data do. The
-    harm is of order one where epochs = K U^nu / N^mu, the form in which Quokka states the best
-    number of epochs (U^0.39 / N^0.55).
-    """
-
-    names: tuple[str, ...] = (*Repeated.names, "log_k", "mu", "nu", "gamma")
-    starts: tuple[tuple[float, ...], ...] = (
-        *Repeated.starts,
-        (0.0, 6.0),
-        (0.5,),
-        (0.5,),
-        (1.0, 2.0),
-    )
-
-    def log_loss(self, theta: Floats, runs: Floats) -> tuple[Floats, Floats]:
-        """See `Law.log_loss`."""
-        without, slopes_without = Repeated().log_loss(theta[:6], runs)
-        log_k, mu, nu, gamma = theta[6:]
-        log_n, log_u, log_epochs = runs.T
-        inner = log_epochs + mu * log_n - log_k - nu * log_u
-        total, shares = _log_sum(np.stack([without, gamma * inner]))
-        harm = shares[1]
-        slopes = [-gamma * harm, gamma * log_n * harm, -gamma * log_u * harm, inner * harm]
-        return total, np.concatenate(
-            [slopes_without * shares[0][:, None], np.stack(slopes, axis=1)], axis=1
-        )
-
-
-LAWS: dict[str, Callable[[], Law]] = {
-    "chinchilla": Chinchilla,
-    "repeated": Repeated,
-    "overfitted": Overfitted,
-}
-
-
 @dataclass(frozen=True)
 class ParametricFit:
     """A fitted law; predicts the loss of other runs."""
@@ -147,82 +49,92 @@ class ParametricFit:
     """Mean Huber loss of the residuals of log L."""
     intervals: dict[str, Estimate]
     """Empty without bootstrap."""
+    drawn: Floats
+    """[resamples, k]: theta of every resample."""
 
     def __getitem__(self, name: str) -> float:
         return self.theta[self.law.names.index(name)]
 
     def loss(self, parameters: float, unique_tokens: float, epochs: float = 1.0) -> float:
         """Predicted loss in nats."""
-        run = np.log([[parameters, unique_tokens, epochs]])
-        return float(np.exp(self.law.log_loss(np.asarray(self.theta), run)[0][0]))
+        theta = np.asarray(self.theta)
+        return float(losses(self.law, theta, (parameters, unique_tokens, epochs)))
+
+
+def losses(law: Law, theta: Floats, run: tuple[float, float, float]) -> Floats:
+    """Losses [...] in nats that theta [..., k] predict for (parameters, unique tokens, epochs)."""
+    return np.exp(law.log_loss(theta, np.log([run]))[0][..., 0])
+
+
+def best_epochs(law: Law, theta: Floats, parameters: float, unique_tokens: float) -> Floats:
+    """Epochs [...] with the lowest loss that theta [..., k] predict; infinity where it only falls.
+
+    Searched between 1 and 100,000, to half a percent.
+    """
+    ones = np.ones_like(_EPOCHS)
+    runs = np.log(np.stack([parameters * ones, unique_tokens * ones, _EPOCHS], axis=1))
+    values = law.log_loss(theta, runs)[0]
+    # A law that only falls is flat in the end, up to rounding.
+    turns_up = values[..., -1] - values.min(axis=-1) > 1e-9
+    return np.where(turns_up, _EPOCHS[values.argmin(axis=-1)], np.inf)
 
 
 def fit_law(
     name: str, runs: Sequence[Observation], *, count: int = 0, seed: int = 0
 ) -> ParametricFit:
-    """The best of many starts; with `count` resamples also intervals, each begun at the best.
+    """The best of many starts; with `count` resamples of the runs also intervals.
 
-    Raises ValueError for an unknown law, and for fewer runs than the law has numbers.
+    Every resample begins at the best fit. Raises ValueError for an unknown law, for fewer runs than
+    the law has numbers, and for a law that needs repeated data where there is none.
     """
     if name not in LAWS:
         raise ValueError(f"law {name} is none of {', '.join(LAWS)}")
     law = LAWS[name]()
+    _check(name, law, runs)
+    inputs = np.log([[run.parameters, run.unique_tokens, run.epochs] for run in runs])
+    targets = np.log([run.loss_nats for run in runs])
+    starts = _starts(law, seed)
+    ends, costs = descend(law, starts, inputs, targets, max_steps=_FIRST_STEPS)
+    finalists = ends[np.argsort(costs)[:_FINALISTS]]
+    ends, costs = descend(law, finalists, inputs, targets)
+    theta, huber = ends[costs.argmin()], float(costs.min())
+    drawn, found = np.empty((0, len(theta))), {}
+    if count:
+        weights = case_weights(len(runs), count, seed)
+        drawn, _ = descend(law, np.tile(theta, (count, 1)), inputs, targets, weights=weights)
+        found = dict(zip(law.names, intervals(theta.tolist(), drawn), strict=True))
+    return ParametricFit(law, tuple(theta.tolist()), huber, found, drawn)
+
+
+def _check(name: str, law: Law, runs: Sequence[Observation]) -> None:
     if len(runs) < len(law.names):
         raise ValueError(
             f"{len(runs)} runs cannot fix the {len(law.names)} numbers of the law {name}; give "
             f"{len(law.names)} runs or more"
         )
-    inputs = np.log([[run.parameters, run.unique_tokens, run.epochs] for run in runs])
-    targets = np.log([run.loss_nats for run in runs])
-    best = min(
-        (_descend(law, np.array(start), inputs, targets) for start in _starts(law, seed)),
-        key=lambda found: found[1],
-    )
-    found = {}
-    if count:
-        drawn = np.array(
-            [
-                _descend(law, best[0], inputs[chosen], targets[chosen])[0]
-                for chosen in resamples(len(runs), count, seed)
-            ]
+    if any(min(run.parameters, run.unique_tokens, run.epochs, run.loss_nats) <= 0 for run in runs):
+        raise ValueError(f"the law {name} needs positive numbers; leave the other runs out")
+    if np.ptp(np.log([run.parameters for run in runs])) < _SAME:
+        raise ValueError(
+            f"all runs have {runs[0].parameters:.4g} parameters, so nothing can tell their share "
+            "of the loss from its floor; give runs of several sizes"
         )
-        found = dict(zip(law.names, intervals(best[0].tolist(), drawn), strict=True))
-    return ParametricFit(law, tuple(best[0].tolist()), best[1], found)
+    if np.ptp(np.log([run.tokens for run in runs])) < _SAME and name == "chinchilla":
+        raise ValueError(
+            f"all runs have {runs[0].tokens:.4g} tokens, so nothing can tell their share of the "
+            "loss from its floor; give runs of several lengths"
+        )
+    if name != "chinchilla" and all(run.epochs <= 1 for run in runs):
+        raise ValueError(
+            f"no run repeats its data, so nothing can fix the law {name}; fit chinchilla"
+        )
 
 
-def _starts(law: Law, seed: int) -> list[tuple[float, ...]]:
-    grid = list(product(*law.starts))
+def _starts(law: Law, seed: int) -> Floats:
+    """[starts, k]: all combinations, or as many of them as there is time for."""
+    grid = np.array(list(product(*law.starts)))
     if len(grid) <= _MAX_STARTS:
         return grid
-    chosen: Indices = np.random.default_rng(seed).choice(len(grid), _MAX_STARTS, replace=False)
-    return [grid[place] for place in chosen]
-
-
-def _descend(law: Law, start: Floats, inputs: Floats, targets: Floats) -> tuple[Floats, float]:
-    """Where the descent ends, and the mean Huber loss there."""
-
-    def residuals(theta: Floats) -> Floats:
-        return np.nan_to_num(law.log_loss(theta, inputs)[0] - targets, nan=1e3, posinf=1e3)
-
-    def slopes(theta: Floats) -> Floats:
-        return np.nan_to_num(law.log_loss(theta, inputs)[1])
-
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        result = least_squares(
-            residuals,
-            start,
-            jac=slopes,
-            loss="huber",
-            f_scale=_HUBER_DELTA,
-            x_scale="jac",
-            max_nfev=_MAX_EVALUATIONS,
-        )
-    return result.x, float(result.cost) / len(targets)
-
-
-def _log_sum(terms: Floats) -> tuple[Floats, Floats]:
-    """log of the sum of exp over the first axis, and the share of every term in it."""
-    highest = terms.max(axis=0)
-    parts = np.exp(terms - highest)
-    total = parts.sum(axis=0)
-    return highest + np.log(total), parts / total
+    chosen = np.random.default_rng(seed).choice(len(grid), _MAX_STARTS, replace=False)
+    found: Floats = grid[chosen]
+    return found

@@ -17,13 +17,10 @@ from megatron_dlm.scaling.crossover import (
     find_crossing,
     read_validation_curve,
 )
+from megatron_dlm.scaling.figures.style import COLORS, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# Okabe and Ito's palette: distinct for colour-blind readers and in print.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def plot_validation_curves(
 
 def _draw_curve(axes: Axes, label: str, curve: Sequence[CurvePoint], number: int) -> None:
     color = COLORS[number % len(COLORS)]
-    marker = _MARKERS[number % len(_MARKERS)]
+    marker = MARKERS[number % len(MARKERS)]
     best = best_point(curve)
     axes.plot(
         [point.epoch for point in curve],

@@ -1,6 +1,8 @@
-"""Laws that papers published, with where they were measured.
+"""Laws and measurements that papers published, with where they were measured.
 
-"Scaling Behavior of Discrete Diffusion Language Models", sections 4.2 to 4.5, tables 1, 6 and 7.
+"Scaling Behavior of Discrete Diffusion Language Models" (SBD), sections 4.2 to 4.5, tables 1, 6 and
+7; "Training Optimal Large Diffusion Language Models" (Quokka); "Diffusion Language Models are Super
+Data Learners" (SDL); Hoffmann et al. 2022 (Chinchilla); Muennighoff et al. 2023.
 """
 
 from __future__ import annotations
@@ -63,3 +65,63 @@ LEARNING_RATE = PowerLaw(10**-2.06, 0.3412)
 
 ANNEALING_GAIN = 1.0245
 """Loss without annealing over loss with it, at every size (99 % interval: 0.0014 either way)."""
+
+COMPUTE_RANGE_FLOPS = (5e17, 2e20)
+"""Of the laws in NOISE_TYPES."""
+
+CHECKS = (("masked", 1e21, 2.495), ("uniform", 1e21, 2.538), ("uniform", 1e22, 2.275))
+"""Noise, compute in FLOPs, and the loss before annealing of SBD's large runs (3B and 10B)."""
+
+BATCH_RANGE_TOKENS = (8 * 2048.0, 512 * 2048.0)
+"""Batch sizes of the grid behind BATCH_TOKENS and LEARNING_RATE."""
+
+BITS_PER_BYTE = 0.34124
+"""Of SBD's tokenizer and text, per nat per token: 4.2278 bytes per token."""
+
+_EPOCHS_AT = (10e9, 1e12, 1100.0)
+"""Parameters, unique tokens, best epochs: Quokka's example, which fixes the constant of its law."""
+
+
+def best_epochs(parameters: float, unique_tokens: float) -> float:
+    """Epochs after which the validation loss of masked diffusion is lowest, U^0.39 / N^0.55.
+
+    Quokka. More epochs overfit. The range that it was fitted on is not in the sources at hand.
+    """
+    at_parameters, at_unique, epochs = _EPOCHS_AT
+    return float(
+        epochs * (unique_tokens / at_unique) ** 0.39 / (parameters / at_parameters) ** 0.55
+    )
+
+
+@dataclass(frozen=True)
+class PublishedCrossover:
+    """Epochs from which masked diffusion is better than AR of the same size on the same data."""
+
+    parameters: float
+    unique_tokens: float
+    hellaswag: float
+    mmlu: float
+    loss: float | None
+    """Of the validation loss, where it was shown."""
+
+
+CROSSOVERS = (
+    PublishedCrossover(1e9, 0.5e9, 35, 45, None),
+    PublishedCrossover(1e9, 1e9, 44, 42, 14),
+    PublishedCrossover(1e9, 1.5e9, 58, 63, 26),
+    PublishedCrossover(2e9, 1e9, 24, 20, None),
+    PublishedCrossover(4e9, 1e9, 21.5, 21, None),
+    PublishedCrossover(8e9, 1e9, 17.5, 27, None),
+)
+"""SDL, read off its figures (2 epochs either way, MMLU more); sizes are those of the labels.
+Without a crossing: 1e9 parameters on 10B tokens for 9.6 epochs, and on 96B tokens for one."""
+
+CHINCHILLA = (70e9, 1.4e12)
+"""Parameters and tokens of the AR model that was trained compute-optimally."""
+CHINCHILLA_EXPONENTS = (0.49, 0.51)
+"""Of parameters and tokens in compute (approach 2; DeepSeek: 0.524 and 0.476)."""
+CHINCHILLA_RANGE_FLOPS = (6e18, 3e21)
+"""Budgets behind the exponents; the model itself took 5.9e23."""
+
+HALF_LIFE_EPOCHS = 15.4
+"""R of repeated data in AR training (Muennighoff et al. 2023); 4 epochs cost next to nothing."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_dlm.checkpoint.find import find_checkpoint
 from megatron_dlm.checkpoint.retention import Checkpoint
 from megatron_dlm.checkpoint.state import TrainState
 from megatron_dlm.checkpoint.store import Checkpointed, CheckpointStore, check_description, load
@@ -91,6 +93,8 @@ def open_sources(
     checkpoint, warnings = newest_sound(
         directory.checkpoints, parallel, verify=config.checkpoint.verify
     )
+    if checkpoint is None and config.train.start_from is not None:
+        checkpoint = _checkpoint_of_other_run(config, parallel)
     with parallel.failing_together():
         if checkpoint is not None:
             check_description(checkpoint, describe(config, corpus))
@@ -99,6 +103,30 @@ def open_sources(
     if checkpoint is not None:
         messages.append(f"continuing from {checkpoint.path}")
     return Sources(corpus, valid_corpus, num_steps, checkpoint, messages)
+
+
+def _checkpoint_of_other_run(config: RunConfig, parallel: ParallelContext) -> Checkpoint:
+    """What `train.start_from` names. Collective; raises ValueError on every rank."""
+    assert config.train.start_from is not None
+    found: Checkpoint | None = None
+    with parallel.failing_together():
+        if parallel.is_main:
+            verify = config.checkpoint.verify == "checksums"
+            try:
+                found = find_checkpoint(Path(config.train.start_from), verify=verify)
+            except ValueError as error:
+                raise ValueError(f"train.start_from: {error}") from None
+            theirs = found.manifest.get("config", {}).get("train", {}).get("global_batch_size")
+            ours = config.train.global_batch_size
+            if found.step > 0 and theirs != ours:
+                raise ValueError(
+                    f"train.start_from {found.path} was made with train.global_batch_size "
+                    f"{theirs}, this run has {ours}: its step {found.step} would be another place "
+                    "in the data; use the same"
+                )
+    found = parallel.from_main(found)
+    assert found is not None, "else rank 0 has raised"
+    return found
 
 
 def _data_messages(config: RunConfig, corpus: Corpus, num_steps: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""A small study, from its file to the crossing: two budgets, two objectives, real runs."""
+"""A small study, from its file to the page: two budgets, two objectives, real runs."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ set:
 axes:
   objective: {{ar: {{objective.kind: autoregressive}}, masked: {{objective.kind: masked}}}}
   unique: {{u1: {{data.unique_tokens: 512}}, u2: {{data.unique_tokens: 1024}}}}
+figures:
+  crossover: {{kind: crossover, axis: objective, first: ar, second: masked}}
+  best: {{kind: final, x: unique_tokens, lines: objective, score: best}}
 """)
     return folder
 
@@ -48,7 +51,7 @@ def command(study: Path, name: str, *flags: str) -> subprocess.CompletedProcess[
     return subprocess.run(program, capture_output=True, text=True, timeout=280, check=False)
 
 
-def test_from_file_to_table(study: Path) -> None:
+def test_from_file_to_page(study: Path) -> None:
     first = command(study, "run", "--only", "u1")
     assert first.returncode == 0, first.stdout + first.stderr
     assert first.stdout.count("finished: ") == 2
@@ -71,6 +74,30 @@ def test_from_file_to_table(study: Path) -> None:
         facts = json.loads((study / "out" / "runs" / row["run"] / "run.json").read_text())
         assert int(row["num_parameters"]) == facts["num_parameters"]
         assert int(row["tokens"]) == int(row["step"]) * 4 * 32
+        assert float(row["training_flops"]) == facts["training_flops_per_token"] * int(
+            row["tokens"]
+        )
+        budget = {"u1": 512, "u2": 1024}[row["unique"]]
+        assert (int(row["data.unique_tokens"]), int(row["unique_tokens"])) == (budget, budget)
+        kind = {"ar": "autoregressive", "masked": "masked"}[row["objective"]]
+        assert row["objective.kind"] == kind
+        assert (row["commit"], row["uncommitted_changes"]) == (
+            facts["commit"] or "",
+            str(facts["uncommitted_changes"]).lower(),
+        )
+    reported = command(study, "report")
+    assert reported.returncode == 0, reported.stdout + reported.stderr
+    assert "warning" not in reported.stdout
+    page = (study / "out" / "index.html").read_text(encoding="utf-8")
+    assert "4 of 4 runs have reported, 8 rows" in page
+    assert page.count("<img ") == 2
+    with (study / "out" / "crossover.csv").open() as file:
+        crossings = list(csv.DictReader(file))
+    assert [row["unique"] for row in crossings] == ["u1", "u2"]
+    scores = {(row["objective"], row["unique"]): float(row["nelbo"]) for row in rows}
+    for row in crossings:  # six steps go down all the way: the best is the last
+        assert float(row["best_first"]) == scores["ar", row["unique"]]
+        assert float(row["best_second"]) == scores["masked", row["unique"]]
 
 
 def test_a_failing_run_is_named_and_the_others_go_on(study: Path) -> None:

@@ -38,7 +38,7 @@ def test_readme_is_there_and_shows_the_two_commands() -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_commands_of_the_document(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for words in commands(path.read_text(encoding="utf-8")):
         arguments = own_arguments(words)
         if arguments is not None:

@@ -139,6 +139,23 @@ CALLED = {
     "dist_checkpointing:save": ["sharded_state_dict", "checkpoint_dir", "async_sharded_save"],
     "dist_checkpointing:load": ["sharded_state_dict", "checkpoint_dir", "sharded_strategy"],
     "dist_checkpointing.strategies.async_utils:AsyncCallsQueue": ["persistent"],
+    "dist_checkpointing.strategies.async_utils:AsyncCallsQueue.schedule_async_request": [
+        "async_request"
+    ],
+    "dist_checkpointing.strategies.async_utils:AsyncRequest": [
+        "async_fn",
+        "async_fn_args",
+        "finalize_fns",
+    ],
+    "dist_checkpointing.strategies.async_utils:AsyncRequest.execute_sync": [],
+    "dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.write_preloaded_data": [
+        "transform_list",
+        "local_proc_idx",
+        "write_bucket",
+        "results_queue",
+        "count_queue",
+        "use_fsync",
+    ],
     "dist_checkpointing.strategies.fully_parallel:FullyParallelLoadStrategyWrapper": [
         "strategy",
         "parallelization_group",

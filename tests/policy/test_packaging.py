@@ -17,7 +17,7 @@ import setuptools
 from packaging.requirements import Requirement
 from sources import PACKAGE, ROOT
 
-TARGETS = {"quickstart", "test", "slow", "check", "bench", "clean"}
+TARGETS = {"quickstart", "test", "slow", "check", "bench", "study-toy", "clean"}
 
 
 def test_makefile_has_exactly_the_targets_of_a_user() -> None:

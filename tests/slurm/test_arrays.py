@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -110,11 +111,11 @@ def test_sweep_trains_the_run_of_each_line(
     (own_checkout / "base.yaml").write_text("objective: {mask_token_id: 255}\n")
     given = flags(tmp_path, train__output_dir=None)
     given = [word for word in given if word.startswith(("--model", "--data", "--train"))]
-    words = " ".join(word.replace(" ", "") for word in given)
+    words = shlex.join(given)
     (own_checkout / "list.txt").write_text(
         "# two runs\n"
         f"slow --config base.yaml {words} --optimizer.lr 1e-4\n\n"
-        f"fast --config base.yaml {words} --optimizer.lr 3e-4  # three times\n"
+        f"fast --config base.yaml {words} --optimizer.lr 3e-4  # three 'times'\n"
     )
     knobs = {"LIST": "list.txt", "SWEEP_DIR": "sweep", "MINIMUM_FREE_GB": "1"}
     edited(own_checkout, "sweep", {"gpus-per-node": None}, **knobs)
@@ -128,6 +129,55 @@ def test_sweep_trains_the_run_of_each_line(
         assert run.steps() == list(range(1, 21))
         assert rate in (run.directory / "config.yaml").read_text()
         assert numbers_of(run.directory) == [f"{array}_{task}"], "to cancel one spares the other"
+
+
+def test_the_list_of_a_study_trains_in_waves(
+    on_slurm: MiniSlurm,
+    own_checkout: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What `study plan` prints is what sbatch is told; quotes in the list are undone."""
+    given = flags(tmp_path, train__output_dir=None)
+    words = dict(pair.removeprefix("--").split("=", 1) for pair in given)
+    shared = {key: word for key, word in words.items() if key[:5] in ("model", "data.", "objec")}
+    study = {
+        "name": "waves",
+        "base": "base.yaml",
+        "set": {**shared, "train.steps": 20, "data.train": {"shards of/it's": 1.0}},
+        "axes": {
+            "stage": {
+                "second": {
+                    "schedule.kind": "wsd",
+                    "train.start_from": "{runs}/first/checkpoints/iter_0000010",
+                },
+                "first": {},
+            }
+        },
+    }
+    (own_checkout / "base.yaml").write_text("train: {device: cpu}\n")
+    (own_checkout / "study.yaml").write_text(json.dumps(study))
+    edited(own_checkout, "sweep", {"gpus-per-node": None}, MINIMUM_FREE_GB="1")
+    monkeypatch.chdir(own_checkout)
+    plan = ["study", "plan", "--study", "study.yaml", "--output_dir", "out"]
+    start = [sys.executable, str(own_checkout / "slurm" / "start.py"), "megatron_dlm"]
+    told = subprocess.run([*start, *plan], check=True, capture_output=True, text=True).stdout
+    arrays: list[int] = []
+    for line in told.splitlines():
+        if " sbatch " in line:
+            line = line.partition("#")[0].replace(":JOB", f":{arrays[-1]}" if arrays else "")
+            before, after = line.split(" sbatch ")
+            variables = dict(word.split("=", 1) for word in shlex.split(before))
+            given = ["sbatch", "--parsable", *shlex.split(after)]
+            answer = on_slurm.run(*given, check=True, cwd=own_checkout, **variables)
+            arrays.append(int(answer.stdout))
+    ends = [on_slurm.wait(f"{arrays[task]}_{task}") for task in range(2)]
+    logs = [(own_checkout / f"sweep-{arrays[task]}_{task}.out").read_text() for task in range(2)]
+    assert [end["ExitCode"] for end in ends] == ["0:0", "0:0"], logs
+    assert ends[1]["StartTime"] >= ends[0]["EndTime"]
+    config = (own_checkout / "out/runs/second/config.yaml").read_text()
+    assert "start_from: out/runs/first/checkpoints/iter_0000010" in config
+    assert "shards of/it's: 1.0" in config
 
 
 @pytest.mark.parametrize(

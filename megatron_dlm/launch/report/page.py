@@ -10,67 +10,37 @@ import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_dlm import __version__
 from megatron_dlm.launch.report.curves import Table, thinned
+from megatron_dlm.launch.report.html import asset, document, section, table, warnings
 from megatron_dlm.launch.report.run_files import Event, RunFiles
 from megatron_dlm.launch.report.summary import differences, facts_table
 
-_ASSETS = Path(__file__).parent / "assets"
 _MAX_EVENTS = 500  # of a run, the newest
-# The browser itself is told to load nothing, whatever the page says.
-_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "base-uri 'none'; form-action 'none'"
-)
 
 
 def render(runs: Sequence[RunFiles], *, max_points: int) -> str:
     """The whole page."""
     title = "Report: " + ", ".join(run.name for run in runs)
     made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC by megatron_dlm {__version__}"
-    scripts = "\n".join(_asset(name) for name in ("scales.js", "chart.js", "page.js"))
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        f"<title>{escape(title)}</title>",
-        f"<style>{_asset('page.css')}</style></head><body>",
+    scripts = "\n".join(asset(name) for name in ("scales.js", "chart.js", "page.js"))
+    body = [
         f'<header><h1>{escape(title)}</h1><p class="quiet">made {made}</p></header>',
-        _warnings(runs),
+        warnings([f"<b>{escape(run.name)}</b>: {escape(t)}" for run in runs for t in run.warnings]),
         '<main id="charts"><noscript>The curves need JavaScript; the tables do not.</noscript>',
         "</main>",
-        _facts(runs),
+        section("Runs", table(["", *_names(runs)], facts_table(runs))),
         _differences(runs),
         _events(runs),
         _configurations(runs),
         f'<script type="application/json" id="data">{_data(runs, max_points)}</script>',
-        f"<script>{scripts}</script></body></html>",
+        f"<script>{scripts}</script>",
     ]
-    return "\n".join(part for part in parts if part) + "\n"
-
-
-def _asset(name: str) -> str:
-    return (_ASSETS / name).read_text(encoding="utf-8")
-
-
-def _warnings(runs: Sequence[RunFiles]) -> str:
-    items = [
-        f"<li><b>{escape(run.name)}</b>: {escape(text)}</li>"
-        for run in runs
-        for text in run.warnings
-    ]
-    return f'<ul class="warnings" role="note">{"".join(items)}</ul>' if items else ""
-
-
-def _facts(runs: Sequence[RunFiles]) -> str:
-    return _section("Runs", _table(["", *_names(runs)], facts_table(runs)))
+    return document(title, policy="script-src 'unsafe-inline';", style=asset("page.css"), body=body)
 
 
 def _differences(runs: Sequence[RunFiles]) -> str:
@@ -78,9 +48,8 @@ def _differences(runs: Sequence[RunFiles]) -> str:
         return ""
     rows = differences(runs)
     if not rows:
-        return _section("Differences of the configurations", "<p>There are none.</p>")
-    table = _table(["key", *_names(runs)], rows)
-    return _section("Differences of the configurations", table)
+        return section("Differences of the configurations", "<p>There are none.</p>")
+    return section("Differences of the configurations", table(["key", *_names(runs)], rows))
 
 
 def _events(runs: Sequence[RunFiles]) -> str:
@@ -95,7 +64,7 @@ def _events(runs: Sequence[RunFiles]) -> str:
         )
         for event, name in pairs
     ]
-    return _section("Events", _table(["time (UTC)", "run", "event", "step", ""], rows))
+    return section("Events", table(["time (UTC)", "run", "event", "step", ""], rows))
 
 
 def _configurations(runs: Sequence[RunFiles]) -> str:
@@ -104,23 +73,7 @@ def _configurations(runs: Sequence[RunFiles]) -> str:
         for run in runs
         if run.config_text
     ]
-    return _section("Configurations", "".join(blocks)) if blocks else ""
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>"
-
-
-def _table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in header)
-    body = "".join(
-        f'<tr><th scope="row">{escape(label)}</th>'
-        + "".join(f"<td>{escape(text)}</td>" for text in texts)
-        + "</tr>"
-        for label, texts in rows
-    )
-    content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="wide"><table>{content}</table></div>'
+    return section("Configurations", "".join(blocks)) if blocks else ""
 
 
 def _names(runs: Sequence[RunFiles]) -> list[str]:

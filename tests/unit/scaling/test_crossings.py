@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_dlm.scaling.crossings import Curve, best, compare, data_potential
+from megatron_dlm.scaling.crossings import Curve, best, compare
 
 X = np.linspace(1, 100, 100)
 
@@ -92,16 +92,6 @@ def test_missing_points_are_no_matter() -> None:
 def test_best_is_the_mean_of_the_lowest() -> None:
     curves = [Curve(X, 2 + np.abs(X - 30)), Curve(X, 4 + np.abs(X - 60))]
     assert best(curves) == pytest.approx(3)
-
-
-def test_data_potential_of_a_shifted_law_is_the_shift() -> None:
-    budgets = np.geomspace(1e8, 1e10, 5)
-    first = [(budget, 20 * budget**-0.1) for budget in budgets]
-    second = [(budget, 20 * (3 * budget) ** -0.1) for budget in budgets]
-    assert data_potential(first, second, at=5e8) == pytest.approx(3, rel=1e-6)
-    assert data_potential(first, second, at=1e10) == pytest.approx(3, rel=1e-6), "beyond the first"
-    with pytest.raises(ValueError, match="lie outside of"):
-        data_potential(first, second, at=1e7)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""Studies: expansion, stable names, refusals, cost, and the tidy table."""
+"""Studies: expansion, stable names, refusals, cost."""
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 from megatron_dlm import cli
 from megatron_dlm.models.accounting import training_flops_per_token
 from megatron_dlm.scaling.study import read_study
-from megatron_dlm.training.status import write_status
 
 BASE = """
 model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2, seq_length: 16, vocab_size: 50}
@@ -117,100 +115,3 @@ def test_epochs_of_a_budget_are_counted(tmp_path: Path) -> None:
     assert cli.main(["study", "plan", *arguments]) == 0
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert {cost["tokens"] for cost in plan["runs"]} == {3 * 1600}
-
-
-def test_gather_is_tidy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path)
-    arguments = ["--study", str(path), "--output_dir", str(tmp_path / "out")]
-    assert cli.main(["study", "gather", *arguments]) == 2
-    assert "no run of small has reported anything; run it first" in capsys.readouterr().err
-    folder = tmp_path / "out" / "runs" / "masked_wide_s1"
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"num_parameters": 7, "device": "cpu"}))
-    (folder / "metrics.jsonl").write_text(
-        '{"step":1,"split":"train","loss":3.0,"tokens":64}\n'
-        '{"step":2,"split":"valid","nelbo":2.5,"tokens":128}\n'
-        '{"step":3,"split":"val'
-    )
-    write_status(folder, "running", 2)
-    assert cli.main(["study", "gather", *arguments]) == 0
-    header, row = (tmp_path / "out" / "results.csv").read_text().splitlines()
-    assert header == (
-        '"study","run","objective","size","seed","num_parameters","step","split","nelbo","tokens"'
-    )
-    assert row == '"small","masked_wide_s1","masked","wide","s1",7,2,"valid",2.5,128'
-    assert cli.main(["study", "status", *arguments]) == 0
-    assert "1 running" in capsys.readouterr().out
-
-
-def curves_of(tmp_path: Path, *, slopes: dict[str, float]) -> list[str]:
-    """A study whose curves are straight lines, one for every objective and seed."""
-    (tmp_path / "base.yaml").write_text(BASE)
-    (tmp_path / "study.yaml").write_text(
-        "name: lines\nbase: base.yaml\naxes:\n"
-        "  objective: {ar: {objective.kind: autoregressive}, masked: {objective.kind: masked}}\n"
-        "  unique: {u1: {data.unique_tokens: 160}, u2: {data.unique_tokens: 320}}\n"
-        "  seed: {s1: {train.seed: 1}, s2: {train.seed: 2}}\n"
-    )
-    for run in read_study(tmp_path / "study.yaml").runs:
-        folder = tmp_path / "out" / "runs" / run.name
-        folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps({"training_flops_per_token": 1000}))
-        shift = 0.1 if run.labels["seed"] == "s2" else -0.1
-        start = 2 if run.labels["objective"] == "ar" else 4
-        slope = slopes[f"{run.labels['objective']}_{run.labels['unique']}"]
-        (folder / "metrics.jsonl").write_text(
-            "".join(
-                json.dumps(
-                    {
-                        "step": epoch,
-                        "split": "valid",
-                        "epoch": float(epoch),
-                        "tokens": 100 * epoch,
-                        "nelbo": start + shift + slope * epoch,
-                    }
-                )
-                + "\n"
-                for epoch in range(1, 41)
-            )
-        )
-    return ["--study", str(tmp_path / "study.yaml"), "--output_dir", str(tmp_path / "out")]
-
-
-def test_crossover_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    slopes = {"ar_u1": 0.05, "masked_u1": -0.05, "ar_u2": 0.0, "masked_u2": -0.01}
-    arguments = curves_of(tmp_path, slopes=slopes)
-    assert cli.main(["study", "crossover", *arguments, "--x", "tokens"]) == 0
-    with (tmp_path / "out" / "crossover.csv").open() as file:
-        first, second = csv.DictReader(file)
-    assert (first["setting"], first["seeds_first"], first["seeds_second"]) == ("u1", "2", "2")
-    assert float(first["crossing"]) == pytest.approx(2000)
-    assert float(first["crossing_low"]) == pytest.approx(1800)
-    assert float(first["crossing_high"]) == pytest.approx(2200)
-    assert (second["setting"], second["crossing"]) == ("u2", "")
-    assert float(second["end_of_range"]) == 4000
-    assert float(second["best_first"]) == pytest.approx(2)
-    assert "not before 4,000" in capsys.readouterr().out
-    for name, head in (("crossover.png", b"\x89PNG"), ("crossover.svg", b"<?xml")):
-        assert (tmp_path / "out" / name).read_bytes().startswith(head)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--axis", "size"], "axis size is no axis of lines: objective, unique, seed"),
-        (["--second", "block"], "second block is no label of objective: ar, masked"),
-        (
-            ["--metric", "loss"],
-            "no setting of lines has validations with loss of both ar and masked",
-        ),
-        (["--first", "masked"], "first and second are both masked"),
-    ],
-)
-def test_crossover_refuses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-) -> None:
-    slopes = dict.fromkeys(("ar_u1", "masked_u1", "ar_u2", "masked_u2"), 0.0)
-    arguments = curves_of(tmp_path, slopes=slopes)
-    assert cli.main(["study", "crossover", *arguments, *flags]) == 2
-    assert message in capsys.readouterr().err

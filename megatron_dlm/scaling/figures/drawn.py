@@ -1,0 +1,42 @@
+"""What a figure of a study has written, and what there is to say about it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dlm.runtime.files import write_whole
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One figure: its files, a small table, and sentences for the reader."""
+
+    files: tuple[Path, ...]
+    """stem.png, stem.svg, and stem.csv with the numbers drawn and their intervals."""
+    title: str
+    header: tuple[str, ...]
+    """Of the small table, for the console and the page."""
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+    """Smoothing, seeds, what is a bound and what is exact: whole sentences."""
+
+
+def write_numbers(
+    path: Path, header: Sequence[str], rows: Sequence[Sequence[float | int | str | None]]
+) -> Path:
+    """The numbers of a figure as CSV; None becomes an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
+    return path
+
+
+def in_short(value: float) -> str:
+    """Three digits, without powers of ten where people do not need them."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"

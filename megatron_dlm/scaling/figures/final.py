@@ -1,0 +1,208 @@
+"""Kind `final`: one score per run against a number, or side by side for the labels of an axis.
+
+Against a number every line's lowest point is marked and told with its neighbours. Against unique
+tokens more is always better, so two lines are compared by their data potential instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dlm.config.checks import require
+from megatron_dlm.scaling.figures.checks import check_axis, check_label
+from megatron_dlm.scaling.figures.drawn import Drawn, write_numbers
+from megatron_dlm.scaling.figures.families import (
+    Grouping,
+    Member,
+    bound_note,
+    interval_note,
+    members_of,
+    refuse_twins,
+)
+from megatron_dlm.scaling.figures.final_picture import draw_scores
+from megatron_dlm.scaling.figures.final_tables import Table, table_of
+from megatron_dlm.scaling.figures.scales import Scale
+from megatron_dlm.scaling.figures.scores import Line, Score, Scores, X, lines_of, score_of
+from megatron_dlm.scaling.figures.style import axis_name, save
+from megatron_dlm.scaling.results import Results, number
+
+if TYPE_CHECKING:
+    from megatron_dlm.scaling.study import Study
+
+
+@dataclass(frozen=True)
+class FinalSpec(Grouping):
+    """Keys of kind `final`."""
+
+    x: str = ""
+    """Column with a number (unique_tokens, num_parameters, optimizer.lr), or axis of the study."""
+    metric: str = "nelbo"
+    """Column of the validations, lower is better."""
+    score: Score = "best"
+    """best: the lowest of a run, as early stopping would keep it; last: at its end."""
+    reference: Mapping[str, str] = field(default_factory=dict)
+    """Axis -> label of runs that have no x of their own: drawn as a horizontal line."""
+    x_scale: Scale = "auto"
+    """auto: in logarithms where x spans more than a factor of 10."""
+    highest: float | None = None
+    """Scores above this are not shown in the picture; null: all are."""
+
+    def __post_init__(self) -> None:
+        require(self.x != "", "x is missing; give a column with a number, or an axis")
+
+    def check(self, study: Study) -> None:
+        """Raise ValueError, which names the key, for what the study does not have."""
+        super().check(study)
+        for axis, label in self.reference.items():
+            check_axis(study, "reference", axis)
+            check_label(study, "reference", axis, label)
+
+
+def draw(spec: FinalSpec, results: Results, study: Study, stem: Path) -> Drawn:
+    """Write stem.png, .svg and .csv.
+
+    Raises ValueError for an x that is no column of numbers and no axis, and for two runs at one
+    place.
+    """
+    is_axis = spec.x in study.axes
+    if not is_axis:
+        _check_numbers(results, spec.x)
+    results.check_columns(spec.metric)
+    chosen, left_out = _with_score(members_of(results, study, spec), spec, is_axis=is_axis)
+    members = [member for member in chosen if not _is_reference(member, spec)]
+    references = [member for member in chosen if _is_reference(member, spec)]
+    if not members:
+        raise ValueError(
+            f"{results.source}: no run has a finite {spec.metric} and {spec.x}; "
+            "run the study further"
+        )
+    scores = _scores(spec, study, members, references)
+    table = table_of(scores, spec.x, is_axis=is_axis)
+    order = study.labels_of(spec.x) if is_axis else ()
+    present = {str(point.x) for line in scores.lines for point in line.points}
+    order = tuple(label for label in order if label in present)
+    figure = draw_scores(scores, spec, table.lowest, order)
+    files = (*save(figure, stem), _numbers(scores, spec, table, stem))
+    notes = (
+        *bound_note(chosen, spec.metric, study),
+        _score_note(chosen, spec),
+        interval_note([len(point.scores) for point in scores.points]),
+        *table.notes,
+        *left_out,
+        *_hidden_note(scores, spec),
+    )
+    title = f"{study.name}: {axis_name(spec.metric)} against {axis_name(spec.x)}"
+    return Drawn(files, title, table.header, table.rows, notes)
+
+
+def _check_numbers(results: Results, column: str) -> None:
+    """Refuse a column without numbers; the message lists those that have some."""
+    if any(number(row, column) is not None for row in results.rows):
+        return
+    have = [
+        name
+        for name in results.columns
+        if "_at_noise_" not in name
+        and any(number(row, name) is not None for row in results.rows[-1:] + results.rows[:1])
+    ]
+    raise ValueError(
+        f"x is {column}, but no row of {results.source} has a number there; with numbers: "
+        f"{', '.join(have)}"
+    )
+
+
+def _with_score(
+    members: Sequence[Member], spec: FinalSpec, *, is_axis: bool
+) -> tuple[list[Member], tuple[str, ...]]:
+    """The runs that have a score and a place, and sentences about the others."""
+    unscored = [m for m in members if score_of(m, spec.metric, spec.score) is None]
+    placeless = [
+        member
+        for member in members
+        if not is_axis and not _is_reference(member, spec) and _number(member, spec.x) is None
+    ]
+    notes = []
+    if unscored:
+        names = ", ".join(member.run for member in unscored)
+        notes.append(f"Left out, without a finite {spec.score} {spec.metric}: {names}.")
+    if placeless:
+        names = ", ".join(member.run for member in placeless)
+        notes.append(f"Left out, without a number {spec.x}: {names}.")
+    out = {member.run for member in (*unscored, *placeless)}
+    return [member for member in members if member.run not in out], tuple(notes)
+
+
+def _number(member: Member, column: str) -> float | None:
+    """Settings are the same in every report; of a column that grows, the last counts."""
+    return number(member.rows[-1], column)
+
+
+def _is_reference(member: Member, spec: FinalSpec) -> bool:
+    return bool(spec.reference) and all(
+        member.rows[-1].get(axis) == label for axis, label in spec.reference.items()
+    )
+
+
+def _scores(
+    spec: FinalSpec, study: Study, members: Sequence[Member], references: Sequence[Member]
+) -> Scores:
+    def place(member: Member) -> X:
+        if spec.x in study.axes:
+            return str(member.rows[-1][spec.x])
+        value = _number(member, spec.x)
+        assert value is not None, "runs without one are left out before"
+        return value
+
+    def score(member: Member) -> float:
+        value = score_of(member, spec.metric, spec.score)
+        assert value is not None, "runs without one are left out before"
+        return value
+
+    refuse_twins(members, study, lambda m: (m.panel, m.line, m.seed, place(m)))
+    refuse_twins(references, study, lambda m: (m.panel, m.seed))
+    name = " ".join(spec.reference.values())
+    lines = lines_of(members, place, score)
+    if spec.x in study.axes:
+        lines = tuple(_in_order(line, study.labels_of(spec.x)) for line in lines)
+    bands = lines_of([_renamed(member, name) for member in references], lambda _: name, score)
+    return Scores(lines, bands)
+
+
+def _renamed(member: Member, line: str) -> Member:
+    return Member(member.run, member.panel, line, member.seed, member.rows)
+
+
+def _in_order(line: Line, labels: Sequence[str]) -> Line:
+    points = sorted(line.points, key=lambda point: labels.index(str(point.x)))
+    return Line(line.panel, line.label, tuple(points))
+
+
+def _numbers(scores: Scores, spec: FinalSpec, table: Table, stem: Path) -> Path:
+    header = ("panel", "line", spec.x, "num_seeds", spec.metric, "low", "high", "is_lowest")
+    rows = []
+    for line in (*scores.lines, *scores.references):
+        for point in line.points:
+            mean = point.mean
+            is_lowest = int(table.lowest.get((line.panel, line.label)) == point.x)
+            x = point.x if line in scores.lines else None
+            numbers = (len(point.scores), mean.value, mean.low, mean.high, is_lowest)
+            rows.append((line.panel, line.label, x, *numbers))
+    return write_numbers(stem.with_name(f"{stem.name}.csv"), header, rows)
+
+
+def _score_note(members: Sequence[Member], spec: FinalSpec) -> str:
+    ends = {member.rows[-1]["step"] for member in members}
+    kind = "the lowest validation of each run" if spec.score == "best" else "the last of each run"
+    if len(ends) == 1:
+        return f"Scores are {kind}; all runs end at step {ends.pop():,}."
+    return f"Scores are {kind}; the runs end at steps {min(ends):,} to {max(ends):,}."
+
+
+def _hidden_note(scores: Scores, spec: FinalSpec) -> tuple[str, ...]:
+    if spec.highest is None:
+        return ()
+    hidden = sum(point.mean.value > spec.highest for point in scores.points)
+    return (f"{hidden} points above {spec.highest:g} are not in the picture.",) if hidden else ()
