@@ -8,7 +8,7 @@ import signal
 import socket
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from forked_command import Outcome, finish, run, start
 
 PHASES = ("start", "step", "validation", "save", "publish", "retention")
 _STEPS, _SAVE_STEPS, _VALIDATION_STEPS = 40, 4, 5
-_GIVE_UP_SECONDS = 120.0
+_GIVE_UP_SECONDS, _POLL_SECONDS = 120.0, 0.0005
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def settings_of(scenario: Scenario, corpus: Path, directory: Path) -> list[str]:
         "train.micro_batch_size": 2,
         "train.precision": "fp32",
         "train.device": "cpu",
-        # Until the ranks have met, only this ends one whose partner was killed.
-        "parallel.distributed_timeout_minutes": 0.25,
+        # Until a rank is there, only this ends one that waits for it.
+        "parallel.distributed_timeout_minutes": 0.75,
         "train.output_dir": directory,
         "schedule.warmup_steps": 4,
         "checkpoint.interval_steps": _SAVE_STEPS,
@@ -143,6 +143,7 @@ class Job:
         while not begins():
             if self._all_ended() or time.monotonic() > deadline:
                 return None
+            time.sleep(_POLL_SECONDS)  # the cores are for the ranks
         time.sleep(delay)
         if self._all_ended():
             return None
@@ -164,6 +165,18 @@ class Job:
             outcome: Outcome = finish(child, log, timeout_seconds=left, started=now)
             ended.append(outcome.status)
         return ended
+
+    def survivors(self, seconds: float) -> list[str]:
+        """What the ranks left running so long after they ended, in words; it is killed."""
+        deadline = time.monotonic() + seconds
+        while left := processes_of(self._children):
+            if time.monotonic() > deadline:
+                found = [f"{process} ({_text(Path(f'/proc/{process}/wchan'))})" for process in left]
+                for process in left:
+                    os.kill(process, signal.SIGKILL)
+                return found
+            time.sleep(0.05)
+        return []
 
     def errors(self) -> str:
         """The end of what every rank wrote to stderr."""
@@ -205,6 +218,18 @@ class Job:
         return len([line for line in lines if '"train"' in line])
 
 
+def processes_of(sessions: Sequence[int]) -> list[int]:
+    """Processes of these sessions that run or wait, whoever is their parent now."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        # pid (name) state parent group session ...; a name may hold anything.
+        stat = _text(folder / "stat") if folder.name.isdigit() else ""
+        state, _, _, session = (stat.rpartition(")")[2].split() or ["Z", "", "", "0"])[:4]
+        if int(session) in sessions and state not in "ZX":
+            found.append(int(folder.name))
+    return found
+
+
 _MEAN_DELAY_SECONDS = {
     "start": 0.6,
     "step": 0.01,
@@ -229,7 +254,7 @@ def _unfinished(checkpoints: Path) -> list[Path]:
 def _text(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return ""
 
 

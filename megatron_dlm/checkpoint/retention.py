@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.checkpoint.checksums import hash_files, is_sealed, sealed
+from megatron_dlm.checkpoint.checksums import hash_files
+from megatron_dlm.config.json_text import parse_json
 from megatron_dlm.runtime.files import flush_to_disk, is_plain_name, write_whole
+from megatron_dlm.runtime.seals import is_sealed, sealed
 
 MANIFEST_NAME = "megatron_dlm.json"
 LATEST_NAME = "latest_checkpointed_iteration.txt"
@@ -115,7 +117,7 @@ def _inspect(path: Path) -> tuple[Checkpoint | None, str | None]:
     if match is None:
         return None, "the save was interrupted"
     try:
-        manifest = json.loads((path / MANIFEST_NAME).read_bytes())
+        manifest = parse_json((path / MANIFEST_NAME).read_bytes())
     except (OSError, ValueError):
         return None, f"it has no readable {MANIFEST_NAME}"
     problem = _manifest_problem(manifest) or _size_problem(path, manifest["file_bytes"])

@@ -22,6 +22,8 @@ from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
+from megatron_dlm.config.json_text import parse_json
+
 LOCK_NAME = "run.lock"
 HEARTBEAT_SECONDS = 15.0
 _GRACE_SECONDS = 2.0  # a process that was just killed may still be closing its files
@@ -186,7 +188,7 @@ class _Watch:
 def read_owner(path: Path) -> Owner | None:
     """Who the lock file names; None when it is empty, missing or unreadable."""
     try:
-        return Owner(**json.loads(path.read_text()))
+        return Owner(**parse_json(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -28,6 +28,8 @@ class TrainState:
     """[first, last] batches that no update takes, after rollbacks; see skipped_batches.py."""
     recent_losses: list[float] = field(default_factory=list)
     """Of the last steps, where loss spikes are looked for."""
+    validation_is_due: bool = False
+    """A stop signal cut the validation after this step short: it comes before the next step."""
 
 
 def model_state(models: Sequence[LanguageModel], parallel: ParallelContext) -> dict[str, Any]:

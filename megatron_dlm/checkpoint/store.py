@@ -10,9 +10,8 @@ import contextlib
 import pickle
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dlm.checkpoint import retention
+from megatron_dlm.checkpoint.file_writing import write_beside, write_now
 from megatron_dlm.checkpoint.retention import Checkpoint
 from megatron_dlm.checkpoint.safe_loading import safe_loading
 from megatron_dlm.checkpoint.state import (
@@ -44,7 +44,6 @@ from megatron_dlm.config.schema import CheckpointConfig
 from megatron_dlm.models.build import LanguageModel
 from megatron_dlm.runtime.errors import AgreedError
 from megatron_dlm.runtime.parallel import ParallelContext
-from megatron_dlm.runtime.processes import end_with_parent
 
 _DISK_MARGIN_BYTES = 64 << 20
 
@@ -102,15 +101,15 @@ class CheckpointStore:
             request = dist_checkpointing.save(
                 {**model, **optimizer, "train_state": asdict(state)},
                 str(unfinished),
-                async_sharded_save=self._queue is not None,
+                async_sharded_save=True,
             )
+            if self._queue is None:
+                write_now(request)
         if self._queue is None:
             self._publish(unfinished, state.step)
         else:
-            if request.async_fn is not None:  # this rank has something to write
-                request = request._replace(async_fn=partial(_write_with_parent, request.async_fn))
             request.add_finalize_fn(lambda: self._publish(unfinished, state.step))
-            self._queue.schedule_async_request(request)
+            write_beside(request, self._queue)
 
     def finish_if_written(self) -> None:
         """Publish an asynchronous save if it is written. Collective while one is under way."""
@@ -173,12 +172,6 @@ class CheckpointStore:
             f"{self._root}: the checkpoint could not be written ({reason}); free disk space or "
             "mend the file system and start again: the run continues from its newest checkpoint"
         )
-
-
-def _write_with_parent(write: Callable[..., None], *arguments: Any) -> None:
-    """In the forked writer: a copy of all weights must not outlive a training that was killed."""
-    end_with_parent()
-    write(*arguments)
 
 
 def load(checkpoint: Checkpoint, subject: Checkpointed) -> TrainState:

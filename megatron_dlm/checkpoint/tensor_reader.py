@@ -8,7 +8,6 @@ chunks of one tensor (one layer of a stacked one) are kept until another tensor 
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import pickle
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_dlm.checkpoint.safe_loading import safe_loading
+from megatron_dlm.config.json_text import parse_json
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _stored_tensor(
 def _check_backend(path: Path) -> None:
     file = path / "metadata.json"
     try:
-        backend = json.loads(file.read_text())["sharded_backend"]
+        backend = parse_json(file.read_text())["sharded_backend"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is no distributed checkpoint: {file.name} ({error})") from None
     if backend != "torch_dist":

@@ -24,7 +24,7 @@ class RecoveryConfig:
     spike_window_steps: int = 100
     """Steps whose mean loss a spike is measured against."""
     max_rollbacks: int = 3
-    """Rollbacks of one start of the run before it ends."""
+    """Rollbacks of a run, over all its starts, before it ends."""
     straggler_factor: float = 1.5
     """Ranks whose own time per step (forward passes and waiting for data) is above this times the
     median of their pipeline stage are named in the log; 0 names none."""

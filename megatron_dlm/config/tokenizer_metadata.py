@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dlm.config.json_text import parse_json
+
 METADATA_FILE = "metadata.json"
 # Kind of tokenizer -> the file that holds its model.
 MODEL_FILES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
@@ -51,7 +53,7 @@ def read_tokenizer_metadata(directory: str) -> TokenizerMetadata:
     """Read and check `<directory>/metadata.json`; ValueError names the file and what is wrong."""
     path = Path(directory) / METADATA_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
             f"data.tokenizer {directory}: cannot read {path} ({error.strerror}); "

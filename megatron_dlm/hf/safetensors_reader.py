@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dlm.config.json_text import parse_json
 from megatron_dlm.hf.extra import library
 from megatron_dlm.hf.mapping import ExportedTensor
 from megatron_dlm.hf.safetensors_writer import INDEX_FILE, SINGLE_FILE
@@ -105,7 +105,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """config.json of a Hugging Face directory; ValueError names the file."""
     file = path / CONFIG_FILE
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except OSError:
         raise ValueError(
             f"{path} is no run, no checkpoint and no Hugging Face directory (it has no "
@@ -123,7 +123,7 @@ def _places(path: Path) -> dict[str, Path]:
     single = path / SINGLE_FILE
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
             places = {name: path / Path(file).name for name, file in weight_map.items()}
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(f"{index} is no index of safetensors files") from None

@@ -1,8 +1,9 @@
 """Ends all ranks when one has died, failed or hangs, and says which one it was.
 
 Every rank holds one TCP connection to rank 0, beside and independent of torch.distributed: a rank
-that waits inside a collective still hears. The kernel closes the connection of a process however it
-dies, and gives up that of a host that vanished after about 20 s. One JSON object per line.
+that waits inside a collective still hears, also in the first one, in which groups find together.
+The kernel closes the connection of a process however it dies, and gives up that of a host that
+vanished after about 20 s. One JSON object per line.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_dlm.runtime.lifeline_hub import Hub, Rank, keep_alive, read_lines
-from megatron_dlm.runtime.parallel import ParallelContext
+from megatron_dlm.runtime.meeting import Meeting
 
 CONNECT_SECONDS = 60.0
 # How long a rank that failed waits for the verdict; more than a vanished host takes to be noticed.
@@ -46,16 +47,18 @@ class Callbacks:
 class Lifeline:
     """The connection of one rank. A context manager; inside a single process it does nothing."""
 
-    def __init__(self, parallel: ParallelContext, callbacks: Callbacks) -> None:
+    def __init__(self, meeting: Meeting, callbacks: Callbacks) -> None:
+        """Connects; raises ValueError where rank 0 does not come, OSError where it cannot be
+        reached."""
         self._callbacks = callbacks
-        self._rank = parallel.rank
-        self._is_active = parallel.world_size > 1
+        self._rank = meeting.rank
+        self._is_active = meeting.world_size > 1
         self._hub: Hub | None = None
         self._has_failed = False
         self._left = False
         self._verdict = threading.Event()
         if self._is_active:
-            self._connect(parallel)
+            self._connect(meeting)
 
     def report_failure(self, error: str, *, is_consequence: bool) -> None:
         """Tell all ranks that this one failed; returns when they know, or after a while.
@@ -84,23 +87,23 @@ class Lifeline:
         if self._hub is not None:
             self._hub.dismiss()
 
-    def _connect(self, parallel: ParallelContext) -> None:
+    def _connect(self, meeting: Meeting) -> None:
+        me = Rank(meeting.rank, socket.gethostname(), os.getpid())
         token, port = secrets.token_hex(16), 0
-        if parallel.is_main:
-            listener = socket.create_server(("", 0), backlog=parallel.world_size)
+        if meeting.is_main:
+            listener = socket.create_server(("", 0), backlog=meeting.world_size)
             _sockets.add(listener)
             port = listener.getsockname()[1]
-            self._hub = Hub(listener, token, parallel.world_size, _sockets)
+            self._hub = Hub(listener, token, meeting.world_size, _sockets)
             self._hub.start()
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        first = Rank(0, socket.gethostname(), os.getpid())
-        self._first, host, port, token = parallel.from_main((first, host, port, token))
-        place = "127.0.0.1" if parallel.is_main else host
+        first, host, port, token = meeting.from_main("lifeline", (vars(me), host, port, token))
+        self._first = Rank(**first)
+        place = "127.0.0.1" if meeting.is_main else host
         self._socket = socket.create_connection((place, port), timeout=CONNECT_SECONDS)
         self._socket.settimeout(None)
         keep_alive(self._socket)
         _sockets.add(self._socket)
-        me = Rank(parallel.rank, socket.gethostname(), os.getpid())
         self._send(token=token, rank=me.number, host=me.host, pid=me.pid)
         threading.Thread(target=self._listen, name="lifeline", daemon=True).start()
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -16,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.runtime.device import Device
 from megatron_dlm.runtime.errors import AgreedError
+from megatron_dlm.runtime.meeting import Meeting, meet
 
 T = TypeVar("T")
 
@@ -95,45 +95,26 @@ class ParallelContext:
 
 
 @contextlib.contextmanager
-def parallel_context(config: ParallelConfig, device: Device) -> Iterator[ParallelContext]:
-    """Start torch.distributed, lay out the groups, and close both at the end."""
-    timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    try:
-        dist.init_process_group(device.backend, timeout=timeout, **_rendezvous())
-    except dist.DistStoreError as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"the ranks did not find each other ({reason}); the logs of those that did not come "
-            "say why; parallel.distributed_timeout_minutes is how long the others wait"
-        ) from error
+def parallel_context(
+    config: ParallelConfig, device: Device, meeting: Meeting | None = None
+) -> Iterator[ParallelContext]:
+    """Start torch.distributed, lay out the groups, and close both at the end.
+
+    Without a `meeting` the ranks meet first; ValueError where they do not find each other.
+    """
+    meeting = meeting or meet(config.distributed_timeout_minutes)
+    dist.init_process_group(
+        device.backend,
+        timeout=meeting.timeout,
+        store=dist.PrefixStore("default_pg", meeting.store),
+        rank=meeting.rank,
+        world_size=meeting.world_size,
+    )
     try:
         with laid_out(config) as parallel:
             yield parallel
     finally:
         dist.destroy_process_group()
-
-
-def _rendezvous() -> dict[str, Any]:
-    """How ranks find each other: torchrun's variables, Slurm's, or nobody to find."""
-    environment = os.environ
-    if "RANK" in environment:
-        return {"init_method": "env://"}
-    num_tasks = int(environment.get("SLURM_NTASKS", "1"))
-    if num_tasks == 1:
-        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    missing = [
-        name for name in ("SLURM_PROCID", "MASTER_ADDR", "MASTER_PORT") if name not in environment
-    ]
-    if missing:
-        raise ValueError(
-            f"SLURM_NTASKS is {num_tasks} but {', '.join(missing)} is not set; start every task "
-            "with srun and export MASTER_ADDR (the first node) and MASTER_PORT before it"
-        )
-    return {
-        "init_method": f"tcp://{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}",
-        "rank": int(environment["SLURM_PROCID"]),
-        "world_size": num_tasks,
-    }
 
 
 @contextlib.contextmanager

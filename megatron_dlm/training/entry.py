@@ -15,14 +15,14 @@ def train(config: RunConfig) -> None:
         if config.train.deterministic:
             use_deterministic_kernels()
         device = open_device(config.train.device)  # before megatron.core is imported
+        from megatron_dlm.runtime.meeting import meet
         from megatron_dlm.runtime.parallel import parallel_context
         from megatron_dlm.training.train import train as run_training
         from megatron_dlm.training.watch import watched
 
         signals.guard_start()
-        with (
-            parallel_context(config.parallel, device) as parallel,
-            watched(parallel, config.recovery.hang_timeout_minutes) as journal,
-        ):
+        meeting = meet(config.parallel.distributed_timeout_minutes)
+        with watched(meeting, config.recovery.hang_timeout_minutes) as watch:
             signals.started()
-            run_training(config, device, parallel, signals=signals, journal=journal)
+            with parallel_context(config.parallel, device, meeting) as parallel, watch.telling():
+                run_training(config, device, parallel, signals=signals, journal=watch.journal)

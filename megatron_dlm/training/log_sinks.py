@@ -45,6 +45,9 @@ class MetricsFile(Sink):
         self._open(resume_step)
 
     def write(self, entry: LogEntry) -> None:
+        # A start that died before its first save leaves the validation that it began with.
+        if (entry.step, entry.split) == self._last_of_before:
+            return
         record = {"step": entry.step, "split": entry.split, **entry.values}
         self._file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
@@ -56,26 +59,30 @@ class MetricsFile(Sink):
         self._file.close()
 
     def _open(self, last_step: int) -> None:
-        if self._path.exists():
-            _cut_after(self._path, last_step)
+        self._last_of_before = _cut_after(self._path, last_step) if self._path.exists() else None
         self._file = self._path.open("ab", buffering=0)
 
 
-def _cut_after(path: Path, resume_step: int) -> None:
+def _cut_after(path: Path, resume_step: int) -> tuple[int, str] | None:
+    """Step and split of the last entry that is left."""
     lines = path.read_bytes().split(b"\n")
     last = lines.pop()  # empty, or what an interrupted write left
     kept: list[bytes] = []
+    last_kept = None
     for number, line in enumerate(lines, start=1):
         try:
-            is_kept = orjson.loads(line)["step"] <= resume_step
+            record = orjson.loads(line)
+            is_kept = record["step"] <= resume_step
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} line {number} is not a metrics entry; repair it or move the file away"
             ) from error
         if is_kept:
             kept.append(line + b"\n")
+            last_kept = (record["step"], record.get("split"))
     if last or len(kept) < len(lines):
         write_whole(path, b"".join(kept))
+    return last_kept
 
 
 class TextLog(Sink):

@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
+from megatron_dlm.config.json_text import parse_json
+
 STATUS_FILE = "status.json"
 
 State = Literal["running", "finished", "preempted", "failed"]
@@ -55,7 +57,7 @@ def write_status(directory: Path, state: State, step: int, reason: str | None = 
 def read_status(directory: Path) -> Status | None:
     """What status.json says; None before the first start, or where it is damaged."""
     try:
-        return Status(**json.loads((directory / STATUS_FILE).read_text(encoding="utf-8")))
+        return Status(**parse_json((directory / STATUS_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

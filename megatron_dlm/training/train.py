@@ -84,7 +84,7 @@ def train(
         log = _open_log(config, sources, directory, run, device)
         stack.callback(log.close)
         journal.events = log.events
-        rollbacks = Rollbacks(config, directory)
+        rollbacks = Rollbacks(config, directory, parallel)
         _run(_Training(config, sources, log, vote, journal, rollbacks), run)
 
 
@@ -125,9 +125,14 @@ def _open_log(
 
 def _run(training: _Training, run: Run) -> None:
     """All steps, over every rollback."""
-    log, journal = training.log, training.journal
+    log, journal, reason = training.log, training.journal, None
     try:
-        while True:
+        run, messages = training.rollbacks.resume(run)
+        for message in messages:
+            log.note(message)
+        if run.start.validation_is_due:
+            reason = _validate(training, run, run.start.step)
+        while reason is None:
             try:
                 reason = _loop(training, run)
                 break
@@ -140,6 +145,8 @@ def _run(training: _Training, run: Run) -> None:
         run.store.wait()  # an asynchronous save of an earlier step is still good
         raise
     run.store.wait()
+    if reason:
+        journal.event("signal", name=reason)
     log.note(f"{reason}: saved; the same command goes on from here" if reason else "finished")
     journal.end("preempted" if reason else "finished", reason)
 
@@ -181,18 +188,37 @@ def _loop(training: _Training, run: Run) -> str | None:
                 extras = {**throughput.report(), **inspection.report()}
                 log.log(step, "train", {**losses, **place, **extras})
                 log.histograms(step, inspection.histograms())
-            if run.validation and (is_last or step % config.validation.interval_steps == 0):
-                journal.doing(f"the validation after step {step}", patience=_LONG)
-                losses = validate(run.validation, run.validation_batches)
-                log.log(step, "valid", {**losses, **place})
-            reason = None if is_last else training.vote.poll()
+            cut_by = None
+            if is_last or step % config.validation.interval_steps == 0:
+                cut_by = _validate(training, run, step)
+            reason = cut_by or (None if is_last else training.vote.poll())
             journal.doing(f"the save after step {step}", patience=_LONG)
             run.store.finish_if_written()
             if is_last or reason or step % config.checkpoint.interval_steps == 0:
-                _save(training, run, judge)
+                _save(training, run, judge, validation_is_due=cut_by is not None)
             if reason:
-                journal.event("signal", name=reason)
                 return reason
+    return None
+
+
+def _validate(training: _Training, run: Run, step: int) -> str | None:
+    """Report the loss on held-out text; the name of the signal where one cut that short."""
+    if run.validation is None:
+        return None
+    vote, reason = training.vote, None
+
+    def is_stopped() -> bool:
+        nonlocal reason
+        reason = vote.poll()
+        return reason is not None
+
+    training.journal.doing(f"the validation after step {step}", patience=_LONG)
+    losses = validate(run.validation, run.validation_batches, is_stopped=is_stopped)
+    if losses is None:
+        training.log.note(f"{reason}: the validation after step {step} waits for the next start")
+        return reason
+    place = _place(training.config, training.sources, run, step)
+    training.log.log(step, "valid", {**losses, **place})
     return None
 
 
@@ -202,11 +228,19 @@ def _name_slow_ranks(training: _Training, stragglers: Stragglers, throughput: Th
         training.journal.event("straggler", **asdict(straggler))
 
 
-def _save(training: _Training, run: Run, judge: StepJudge) -> None:
+def _save(
+    training: _Training, run: Run, judge: StepJudge, *, validation_is_due: bool = False
+) -> None:
     journal, started = training.journal, time.perf_counter()
-    pending = run.training.metrics.pending()
+    state = TrainState(
+        journal.step,
+        pending_metrics=run.training.metrics.pending(),
+        skipped=run.start.skipped,
+        recent_losses=judge.recent_losses,
+        validation_is_due=validation_is_due,
+    )
     with parameters_gathered(run.training.chunks):  # each rank has updated only its share
-        run.store.save(TrainState(journal.step, pending, run.start.skipped, judge.recent_losses))
+        run.store.save(state)
     journal.event(
         "save",
         path=f"checkpoints/{directory_name(journal.step)}",

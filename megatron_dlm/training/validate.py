@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_dlm.config.derive import data_parallel_size
@@ -12,6 +13,8 @@ from megatron_dlm.ops.batch import TokenBatch
 from megatron_dlm.runtime.parallel import ParallelContext
 from megatron_dlm.training.optimizer import parameters_gathered
 from megatron_dlm.training.step import Pass, run_micro_batches
+
+_PIECE_PER_STAGE = 8
 
 
 def num_validation_samples(config: RunConfig, corpus: Corpus) -> int:
@@ -47,12 +50,31 @@ def _micro_batch(corpus: Corpus, first: int, count: int, num_samples: int) -> To
     return replace(batch, valid=batch.valid & is_scored[:, None])
 
 
-def validate(setup: Pass, micro_batches: list[TokenBatch]) -> dict[str, float]:
-    """Mean of every metric over the validation windows, the same on all ranks."""
+def _never() -> bool:
+    return False
+
+
+def validate(
+    setup: Pass, micro_batches: list[TokenBatch], *, is_stopped: Callable[[], bool] = _never
+) -> dict[str, float] | None:
+    """Mean of every metric over the validation windows, the same on all ranks. Collective.
+
+    `is_stopped` is asked again and again and gives the same answer on all ranks; once it is true
+    the rest is left out, and the answer is None.
+    """
+    # A pipeline runs empty after every piece, so its pieces are longer.
+    stages = setup.parallel.pipeline.size
+    length = 1 if stages == 1 else _PIECE_PER_STAGE * stages
+    is_cut_short = False
     with parameters_gathered(setup.chunks):
         for chunk in setup.chunks:
             chunk.eval()
-        run_micro_batches(setup, micro_batches, forward_only=True)
+        for first in range(0, len(micro_batches), length):
+            is_cut_short = first > 0 and is_stopped()
+            if is_cut_short:
+                break
+            run_micro_batches(setup, micro_batches[first : first + length], forward_only=True)
         for chunk in setup.chunks:
             chunk.train()
-    return setup.metrics.reduce()
+    losses = setup.metrics.reduce()
+    return None if is_cut_short else losses

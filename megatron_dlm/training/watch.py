@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from multiprocessing.context import ForkProcess
 
 import torch.distributed as dist
 
 from megatron_dlm.runtime.errors import AgreedError
 from megatron_dlm.runtime.lifeline import Callbacks, Lifeline
-from megatron_dlm.runtime.parallel import ParallelContext
+from megatron_dlm.runtime.meeting import Meeting
 from megatron_dlm.training.journal import Journal
 
 STACKS_FOLDER = "stacks"
@@ -31,76 +32,92 @@ _COMMUNICATION = ("gloo", "nccl", "processgroup", "connection closed by peer")
 
 
 @contextlib.contextmanager
-def watched(parallel: ParallelContext, hang_timeout_minutes: float) -> Iterator[Journal]:
-    """Inside, this rank ends with the others, and they with it.
+def watched(meeting: Meeting, hang_timeout_minutes: float) -> Iterator[Watch]:
+    """Inside, this rank ends with the others, and they with it; all of them are there.
 
     What the body raises is told to the other ranks, except an AgreedError, which they raise too.
+    Raises ValueError when a rank does not come.
     """
-    journal = Journal()
-    watch = _Watch(parallel, journal)
+    watch = Watch(meeting)
     with watch.lifeline:
+        meeting.wait_for_all()
         ended = threading.Event()
         clock = (watch, hang_timeout_minutes * 60, ended)
         if hang_timeout_minutes > 0:
             threading.Thread(target=_look_at_clock, args=clock, name="hang", daemon=True).start()
         try:
-            yield journal
-        except BaseException as error:
-            watch.tell(error)
-            raise
+            with watch.telling():
+                yield watch
         finally:
             ended.set()
 
 
-class _Watch:
-    def __init__(self, parallel: ParallelContext, journal: Journal) -> None:
-        self._rank = parallel.rank
-        self._journal = journal
+class Watch:
+    """What this rank tells the others, and what it does when they tell it to end."""
+
+    def __init__(self, meeting: Meeting) -> None:
+        self._rank = meeting.rank
+        self.journal = Journal()
+        self._told: BaseException | None = None
         self._ending = threading.Lock()
         callbacks = Callbacks(
-            state=lambda: journal.state, dump_stacks=self.dump_stacks, end=self.end
+            state=lambda: self.journal.state, dump_stacks=self.dump_stacks, end=self.end
         )
-        self.lifeline = Lifeline(parallel, callbacks)
+        self.lifeline = Lifeline(meeting, callbacks)
 
-    @property
-    def journal(self) -> Journal:
-        return self._journal
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """What the body raises is told at once, before anything around it is closed."""
+        try:
+            yield
+        except BaseException as error:
+            if error is not self._told:
+                self._told = error
+                self._tell(error)
+            raise
 
-    def tell(self, error: BaseException) -> None:
+    def _tell(self, error: BaseException) -> None:
         """Make an error of this rank known; of an error that another rank caused it may not
         return."""
         is_consequence = _is_consequence(error)
         reason = _in_one_line(error)
         if is_consequence or not isinstance(error, AgreedError):
             self.lifeline.report_failure(reason, is_consequence=is_consequence)
-        self._journal.failed(reason, is_writer=self._rank == 0)
+        self.journal.failed(reason, is_writer=self._rank == 0)
+        _kill_writers()  # nobody will publish what they write, and one that hangs is waited for
 
     def dump_stacks(self) -> None:
         """Append the stacks of all threads to stacks/rank_N.txt in the run directory."""
-        if self._journal.directory is None:
+        if self.journal.directory is None:
             return
-        folder = self._journal.directory / STACKS_FOLDER
+        folder = self.journal.directory / STACKS_FOLDER
         with contextlib.suppress(OSError):
             folder.mkdir(exist_ok=True)
             with (folder / f"rank_{self._rank}.txt").open("a", encoding="utf-8") as file:
                 now = datetime.now().isoformat(timespec="seconds")
-                file.write(f"--- {now} rank {self._rank} in {self._journal.state}\n")
+                file.write(f"--- {now} rank {self._rank} in {self.journal.state}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
 
     def end(self, verdict: str, is_writer: bool) -> None:
         """Say why and end this process, whatever its main thread waits for."""
         self._ending.acquire()  # never released: the first verdict is the last
-        self._journal.failed(verdict, is_writer=is_writer)
+        self.journal.failed(verdict, is_writer=is_writer)
         place = f" (rank {self._rank})" if self._rank else ""
         print(f"megatron-dlm train{place}: error: {verdict}", file=sys.stderr, flush=True)
-        for writer in multiprocessing.active_children():
-            writer.kill()
+        _kill_writers()
         time.sleep(0.2)  # what rank 0 has told the others is under way
         os._exit(1)
 
 
-def _look_at_clock(watch: _Watch, step_seconds: float, ended: threading.Event) -> None:
+def _kill_writers() -> None:
+    """Of asynchronous saves: the only processes that are forked here."""
+    for child in multiprocessing.active_children():
+        if isinstance(child, ForkProcess):
+            child.kill()
+
+
+def _look_at_clock(watch: Watch, step_seconds: float, ended: threading.Event) -> None:
     while not ended.wait(min(1.0, step_seconds / 10)):
         if watch.journal.is_overdue(step_seconds):
             reason = (

@@ -18,6 +18,7 @@ from command_line import (
     start,
     start_ranks,
 )
+from fault_runs import processes_of
 from tiny_corpus import TinyCorpus
 
 from megatron_dlm.checkpoint.run_lock import LOCK_NAME
@@ -46,6 +47,26 @@ def test_killed_in_asynchronous_saves(
     assert published(run) == [23, 24]
     assert list((run / "checkpoints").glob("*.unfinished")) == []
     assert run_here(["checkpoint", "verify", f"--checkpoint={run}"]) == 0
+
+
+def test_no_writer_outlives_its_rank(tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
+    """kill -9 of a rank alone while its fork writes, or has only just begun to be."""
+    run = tmp_path / "run"
+    command = arguments(tiny_corpus, run, **LONG, checkpoint__interval_steps=1)
+    command += ["--checkpoint.asynchronous=true", "--checkpoint.keep_last=1"]
+    for attempt, seconds in enumerate((0.0, 0.01)):
+        job = start(command, tmp_path / f"attempt_{attempt}")
+        session = job.process.pid
+        reached = latest(run)
+        job.wait_for(lambda: latest(run) > reached)  # noqa: B023 - called in this round
+        job.wait_for(lambda: len(processes_of([session])) > 1)  # noqa: B023
+        time.sleep(seconds)
+        job.process.kill()
+        job.process.wait()
+        deadline = time.monotonic() + 10
+        while processes_of([session]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert processes_of([session]) == []
 
 
 def test_full_disk_in_an_asynchronous_save(tiny_corpus: TinyCorpus, tmp_path: Path) -> None:

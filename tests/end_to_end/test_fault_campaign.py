@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fault_campaign import Failure, _check_end, _compare
-from fault_runs import SCENARIOS, Job, Kill
+from fault_runs import SCENARIOS, Job, Kill, processes_of
 
 TOOL = Path(__file__).parents[2] / "tools" / "fault_campaign.py"
 
@@ -62,3 +62,13 @@ def test_ends_that_break_a_promise(tmp_path: Path) -> None:
         _check_end(stop, [0, 1], job)
     with pytest.raises(Failure, match="a rank was still there"):
         _check_end(kill, [-9, None], job)
+
+
+def test_a_process_that_outlives_its_rank_is_noticed(tmp_path: Path) -> None:
+    orphan = "import os, time\nif os.fork() == 0:\n    time.sleep(100)"
+    rank = subprocess.Popen([sys.executable, "-c", orphan], start_new_session=True)
+    assert rank.wait(60) == 0
+    job = Job(SCENARIOS[0], tmp_path, [], _children=[rank.pid])
+    (left,) = processes_of([rank.pid])
+    assert job.survivors(0.1)[0].startswith(f"{left} (")
+    assert job.survivors(10) == []

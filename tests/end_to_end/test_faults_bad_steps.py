@@ -33,7 +33,6 @@ _SETTINGS = {
     "train__steps": NUM_STEPS,
     "schedule__kind": "constant",
     "optimizer__lr": 1e-2,
-    "optimizer__adam_eps": 1e-3,  # at 1e-8 rounding alone moves rare tokens
     "checkpoint__interval_steps": 3,
     "checkpoint__keep_last": 2,
     "recovery__on_bad_step": "rollback",
@@ -155,22 +154,65 @@ def test_interrupted_and_resumed_it_gives_the_same_numbers(
     assert numbers(run) == numbers(rolled_back)
 
 
-def test_on_two_ranks_with_overlap_it_gives_the_same_numbers(
+def test_a_start_that_died_right_after_a_rollback_is_continued_without_the_bad_batches(
     spiky: Path, tiny_corpus: TinyCorpus, rolled_back: Path, tmp_path: Path
 ) -> None:
+    """Nothing was saved since then but rollbacks.json."""
     run = tmp_path / "run"
+    recorded = json.loads((rolled_back / "rollbacks.json").read_text())
+    first = recorded[0]
+    assert len(recorded) == len(rollbacks(rolled_back))
+    flags = command(tiny_corpus, spiky, run)
+    assert run_here([*flags, f"--train.steps={first['to_step']}"]) == 0
+    (run / "rollbacks.json").write_text(json.dumps([first]))
+    assert run_here(flags) == 0
+    assert numbers(run) == numbers(rolled_back)
+    assert [event["step"] for event in rollbacks(run)] == [past["step"] for past in recorded[1:]]
+    assert json.loads((run / "rollbacks.json").read_text()) == recorded
+
+
+def test_rollbacks_of_all_starts_count(
+    spiky: Path,
+    tiny_corpus: TinyCorpus,
+    rolled_back: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    first = rollbacks(rolled_back)[0]
+    flags = command(tiny_corpus, spiky, run, recovery__max_rollbacks=2)
+    assert run_here([*flags, f"--train.steps={first['to_step']}"]) == 0
+    earlier = [{"step": 1, "to_step": 0, "skipped": []}] * 2
+    (run / "rollbacks.json").write_text(json.dumps(earlier))
+    assert run_here(flags) == 2
+    expected = f"{first['reason']}, after 2 rollbacks of this run (recovery.max_rollbacks)"
+    assert expected in capsys.readouterr().err
+    (run / "rollbacks.json").write_text('[{"step": 1}]')
+    assert run_here(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: {run}/rollbacks.json is damaged (KeyError('to_step')); restore it" in line
+
+
+def test_two_ranks_roll_back_alike_with_and_without_overlap(
+    spiky: Path, tiny_corpus: TinyCorpus, rolled_back: Path, tmp_path: Path
+) -> None:
+    """And as one rank does, but for rounding, which Adam makes much of where gradients vanish."""
     overlap = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
     overlap |= {"checkpoint__asynchronous": True}
-    jobs = start_ranks(command(tiny_corpus, spiky, run, **overlap), tmp_path / "log")
-    for job in jobs:
-        ended = job.end()
-        assert ended.code == 0, ended.errors
-    assert [event["skipped"] for event in rollbacks(run)] == [
-        event["skipped"] for event in rollbacks(rolled_back)
-    ]
-    expected = numbers(rolled_back)
-    for step, found in numbers(run).items():
-        assert found == pytest.approx(expected[step], rel=1e-4), step
+    found = []
+    for name, changes in (("plain", {}), ("overlap", overlap)):
+        run = tmp_path / name
+        for job in start_ranks(
+            command(tiny_corpus, spiky, run, **changes), tmp_path / f"log_{name}"
+        ):
+            ended = job.end()
+            assert ended.code == 0, ended.errors
+        skipped = [event["skipped"] for event in rollbacks(run)]
+        assert skipped == [event["skipped"] for event in rollbacks(rolled_back)]
+        found.append(numbers(run))
+    assert found[0] == found[1]
+    for step, expected in numbers(rolled_back).items():
+        assert found[0][step] == pytest.approx(expected, rel=2e-2), step
 
 
 def test_spike_ends_the_run_where_it_is_asked_to(
@@ -201,7 +243,7 @@ def test_divergence_ends_after_the_last_rollback(
     changes |= {"recovery__on_bad_step": "rollback", "recovery__max_rollbacks": 2}
     assert run_here(arguments(tiny_corpus, run, **changes)) == 2
     error = capsys.readouterr().err
-    assert "after 2 rollbacks (recovery.max_rollbacks); lower optimizer.lr" in error
+    assert "after 2 rollbacks of this run (recovery.max_rollbacks); lower optimizer.lr" in error
     assert len(rollbacks(run)) == 2
     assert all("gradient norm is" in event["reason"] for event in rollbacks(run))
     step = rollbacks(run)[-1]["to_step"]

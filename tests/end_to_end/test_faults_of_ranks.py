@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Job, arguments, metrics, start, start_ranks
+from command_line import START_SECONDS, Job, arguments, metrics, start, start_ranks
 from tiny_corpus import TinyCorpus
 
 from megatron_dlm.training.status import Status, read_status
@@ -67,6 +67,23 @@ def test_killed_rank_ends_the_other_soon_and_is_named(
     if victim == 1:
         assert culprit in events_of(run, "end")[-1]["reason"]
     dead.process.wait()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_rank_killed_while_the_ranks_meet_ends_the_other_soon(
+    victim: int, tiny_corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    """In the very first collective, whose own timeout is ten minutes here."""
+    wrappers = {victim: [sys.executable, _FAULTY, "die", "0"]}
+    jobs = start_ranks(
+        arguments(tiny_corpus, tmp_path / "run", **LONG), tmp_path / "log", wrappers=wrappers
+    )
+    jobs[victim].process.wait(START_SECONDS)
+    ended = jobs[1 - victim].end(_SOON)
+    assert ended.code == 1
+    assert "Traceback" not in ended.errors
+    (line,) = ended.error_lines()
+    assert f"rank {victim} on {_HOST} (pid {jobs[victim].process.pid}) died" in line
 
 
 def test_exception_of_one_rank_is_named_by_the_other(

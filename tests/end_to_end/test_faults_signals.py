@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -58,7 +59,7 @@ def test_from_the_first_moment_signals_stop_a_run_without_harm(
 ) -> None:
     """Sent before torch is imported, and every 50 ms until the process is gone."""
     run = tmp_path / "run"
-    job = start(arguments(tiny_corpus, run, **LONG), tmp_path / "log")
+    job = start(arguments(tiny_corpus, run, **LONG), tmp_path / "log", imports=True)
     job.wait_for(lambda: catches(job, signal.SIGUSR1))
     is_over = send_again_and_again(job, signal.SIGUSR1)
     ended = job.end()
@@ -79,7 +80,7 @@ def test_signal_to_one_rank_before_the_first_step_stops_both(
     command = arguments(tiny_corpus, run)
     constant = "--schedule.kind=constant"
     assert run_here([*command, constant, "--train.steps=4"]) == 0
-    jobs = start_ranks([*command, constant], tmp_path / "log")
+    jobs = start_ranks([*command, constant], tmp_path / "log", imports=True)
     jobs[1].wait_for(lambda: catches(jobs[1], signal.SIGTERM))
     os.kill(jobs[1].process.pid, signal.SIGTERM)
     for ended in [job.end() for job in jobs]:
@@ -88,6 +89,52 @@ def test_signal_to_one_rank_before_the_first_step_stops_both(
     assert (status.state, status.step, status.reason) == ("preempted", 4, "SIGTERM")
     assert published(run) == [4]
     assert list(metrics(run)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_validation_under_way_is_put_off_and_comes_first_the_next_time(
+    num_ranks: int, tiny_corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    """In the middle of a run, and again after the last step."""
+    changes: dict[str, Any] = {"validation__num_samples": 200, "validation__interval_steps": 3}
+    changes |= {"train__steps": 6, "checkpoint__interval_steps": 5, "schedule__kind": "constant"}
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    command = arguments(tiny_corpus, run, **changes)
+    for step in (3, 6):
+        jobs = start_ranks(command, tmp_path / f"stop_{step}", num_ranks=num_ranks)
+        jobs[0].wait_for(lambda: last_report(run) == (step, "train"))  # noqa: B023 - in this round
+        os.kill(jobs[-1].process.pid, signal.SIGTERM)
+        assert [job.end().code for job in jobs] == [0] * num_ranks
+        status = status_of(run)
+        assert (status.state, status.step, status.reason) == ("preempted", step, "SIGTERM")
+        assert latest(run) == step
+        assert step not in metrics(run, "valid"), "the validation came to its end: use more windows"
+        note = f"SIGTERM: the validation after step {step} waits for the next start"
+        assert note in (run / "train.log").read_text()
+        if step == 3:  # the next start dies after that validation, before it has saved anything
+            jobs = start_ranks(command, tmp_path / "killed", num_ranks=num_ranks)
+            jobs[0].wait_for(lambda: 3 in metrics(run, "valid"))
+            for job in jobs:
+                job.kill()
+    for job in start_ranks(command, tmp_path / "rest", num_ranks=num_ranks):
+        assert job.end().code == 0
+    assert status_of(run).state == "finished"
+    for job in start_ranks(
+        arguments(tiny_corpus, whole, **changes), tmp_path / "whole_log", num_ranks=num_ranks
+    ):
+        assert job.end().code == 0
+    assert list(metrics(run, "valid")) == [3, 6]
+    assert_same_curves(whole, run, tolerance=0)
+
+
+def last_report(run: Path) -> tuple[int, str] | None:
+    """Step and split of the last line of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    if not lines:
+        return None
+    entry = json.loads(lines[-1])
+    return entry["step"], entry["split"]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

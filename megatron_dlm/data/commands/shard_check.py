@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dlm.config.json_text import parse_json
 from megatron_dlm.data.storage.dataset import Facts, ShardEntry
 from megatron_dlm.data.storage.document_blocks import DocumentBlock, read_blocks
-from megatron_dlm.data.storage.manifest import Manifest
+from megatron_dlm.data.storage.manifest import Manifest, manifest_path
 from megatron_dlm.data.storage.shards import Shard
 from megatron_dlm.runtime.errors import is_users
+from megatron_dlm.runtime.seals import SEAL, is_sealed
 
 _INDEX_ITEMS = 1 << 18
 _FILE_BYTES = 1 << 22
@@ -79,6 +81,8 @@ def check_shard(task: ShardTask, advance: Callable[[int], None]) -> ShardVerdict
             advance(os.stat(f"{shard.prefix}.idx").st_size)
         else:
             checked += _check_tokens(shard, _rules_of(manifest, task.rules), advance)
+        if manifest is not None:
+            refuse_changed(manifest_path(shard.prefix))
     except (ValueError, OSError) as error:
         if not is_users(error):
             raise
@@ -86,6 +90,14 @@ def check_shard(task: ShardTask, advance: Callable[[int], None]) -> ShardVerdict
     return ShardVerdict(
         task.prefix, None, shard.num_documents, shard.num_tokens, tuple(sorted(checked))
     )
+
+
+def refuse_changed(path: Path) -> None:
+    """Raise ValueError for a manifest or a list that does not have its own checksum; those of
+    older versions hold none."""
+    content = parse_json(path.read_text(encoding="utf-8"))
+    if SEAL in content and not is_sealed(content):
+        raise ValueError(f"{path} was changed: its own checksum is wrong; {_COPY}")
 
 
 def check_index(shard: Shard) -> None:
@@ -138,6 +150,10 @@ def _check_against_list(shard: Shard, entry: ShardEntry, facts: Facts | None) ->
     if manifest is not None and facts is not None:
         for name in ("vocab_size", "tokenizer_sha256", "eod_id", "mask_id", "held_out"):
             found[name], announced[name] = getattr(manifest, name), getattr(facts, name)
+        for name, theirs in (("origin_sha256", "sha256"), ("recipe_sha256", "recipe_sha256")):
+            if getattr(facts, name) is not None:  # None: the shards are of several runs
+                found[name] = getattr(manifest.origin, theirs, None)
+                announced[name] = getattr(facts, name)
     for name, value in found.items():
         if value != announced[name]:
             raise ValueError(

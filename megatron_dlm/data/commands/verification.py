@@ -11,7 +11,13 @@ from rich.table import Table
 
 from megatron_dlm.config.data_commands import VerifyConfig
 from megatron_dlm.data.commands.report_file import prepare_report, write_report
-from megatron_dlm.data.commands.shard_check import Rules, ShardTask, ShardVerdict, check_shard
+from megatron_dlm.data.commands.shard_check import (
+    Rules,
+    ShardTask,
+    ShardVerdict,
+    check_shard,
+    refuse_changed,
+)
 from megatron_dlm.data.commands.shard_workers import map_shards
 from megatron_dlm.data.commands.shared_documents import SharedDocuments, find_shared
 from megatron_dlm.data.storage.dataset import dataset_path, open_dataset, overlaps, read_list
@@ -75,6 +81,7 @@ def _tasks(name: str, rules: Rules, *, index_only: bool) -> list[ShardTask]:
             open_dataset(name)  # says what is missing
         return [ShardTask(name, rules=rules, index_only=index_only)]
     entries, facts = read_list(name)
+    refuse_changed(dataset_path(name))
     return [ShardTask(entry.prefix, entry, facts, rules, index_only) for entry in entries]
 
 

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dlm.config.json_text import parse_json
+
 FORMAT = 1
 
 
@@ -63,7 +65,7 @@ def read_recipe(prefix: str) -> dict[str, Any] | None:
     """Fields of the recipe beside the shards; None where there is none."""
     path = recipe_path(prefix)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:

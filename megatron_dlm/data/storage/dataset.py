@@ -19,13 +19,16 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dlm.config.json_text import parse_json
 from megatron_dlm.data.storage.manifest import HeldOut, Manifest
 from megatron_dlm.data.storage.shards import Shard
 from megatron_dlm.runtime.files import contained, write_whole
+from megatron_dlm.runtime.seals import SEAL, sealed
 
 FORMAT = 1
 # A mapped shard holds two file descriptors; this many are left to everything else.
 _OTHER_FILES = 256
+_FIELDS = frozenset(("format", "tokens", "documents", "facts", "shards", SEAL))
 # Facts that the shards of one dataset need not share.
 _MAY_DIFFER = frozenset(("max_token_id", "origin_sha256", "recipe_sha256"))
 
@@ -138,9 +141,12 @@ def read_list(prefix: str | os.PathLike[str]) -> tuple[list[ShardEntry], Facts]:
     path = dataset_path(prefix)
     remedy = f"write it again with `megatron-dlm data merge --output_prefix {prefix}`"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_text(encoding="utf-8"))
         if fields["format"] != FORMAT:
             raise ValueError(f"format {fields['format']}, this version reads {FORMAT}")
+        strange = sorted(fields.keys() - _FIELDS)
+        if strange:
+            raise ValueError(f"it has an unknown field {strange[0]!r}")
         facts = _facts_from_json(fields["facts"])
         entries = [
             ShardEntry(**{**shard, "prefix": _prefix_below(path.parent, shard["prefix"])})
@@ -176,7 +182,7 @@ def write_dataset(
         "shards": listed,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(content, indent=1) + "\n")
+    write_whole(path, json.dumps(sealed(content), indent=1) + "\n")
     return Dataset(os.fspath(prefix), entries, facts)
 
 

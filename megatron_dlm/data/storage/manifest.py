@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_dlm.config.json_text import parse_json
 from megatron_dlm.runtime.files import write_whole
+from megatron_dlm.runtime.seals import sealed, unsealed
 
 FORMAT = 2
 
@@ -89,7 +91,7 @@ class Manifest:
     format: int = FORMAT
 
     def write(self, prefix: str | os.PathLike[str]) -> None:
-        write_whole(manifest_path(prefix), json.dumps(asdict(self), indent=1) + "\n")
+        write_whole(manifest_path(prefix), json.dumps(sealed(asdict(self)), indent=1) + "\n")
 
     @staticmethod
     def read(prefix: str | os.PathLike[str]) -> Manifest | None:
@@ -99,7 +101,7 @@ class Manifest:
             return None
         remedy = "write the shard again with `megatron-dlm preprocess`, or remove this file"
         try:
-            return _from_json(json.loads(path.read_text(encoding="utf-8")))
+            return _from_json(unsealed(parse_json(path.read_text(encoding="utf-8"))))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not a shard manifest ({error}); {remedy}") from None
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_dlm.config.json_text import parse_json
 from megatron_dlm.config.tokenizer_metadata import (
     METADATA_FILE,
     MODEL_FILES,
@@ -180,7 +180,7 @@ def _config_files(directory: Path) -> dict[str, bytes]:
 def _named_tokens(path: Path, content: bytes) -> dict[str, str]:
     """Hugging Face's key -> token, for the keys in the file that name one."""
     try:
-        values = json.loads(content)
+        values = parse_json(content)
     except ValueError:
         raise ValueError(f"{path} is not valid JSON; repair it or remove it") from None
     if not isinstance(values, dict):

@@ -7,7 +7,6 @@ the Slurm job that asks stands (status.json), and why it ended.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Literal
 
 from megatron_dlm.checkpoint.retention import whole_checkpoints
 from megatron_dlm.config.derive import total_steps
+from megatron_dlm.config.json_text import parse_json
 from megatron_dlm.config.parse import parse
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.training.status import Status, read_status
@@ -63,7 +63,7 @@ def _num_steps(run_directory: Path, config: RunConfig | None) -> int | None:
     facts = run_directory / "run.json"
     if started is None or started.train.epochs != asked.train.epochs or not facts.exists():
         return None
-    return int(json.loads(facts.read_text(encoding="utf-8"))["steps"])
+    return int(parse_json(facts.read_text(encoding="utf-8"))["steps"])
 
 
 def main(arguments: list[str]) -> int:

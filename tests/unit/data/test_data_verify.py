@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +157,8 @@ def test_index_alone(tmp_path: Path) -> None:
         ({"bin_sha256": "0"}, {}, "bin_sha256 is .*, the list says 0"),
         ({}, {"eod_id": None}, "eod_id is 1, the list says None"),
         ({}, {"tokenizer_sha256": "s"}, "tokenizer_sha256 is t, the list says s"),
+        ({}, {"recipe_sha256": "r"}, "recipe_sha256 is None, the list says r"),
+        ({}, {"origin_sha256": "o"}, "origin_sha256 is None, the list says o"),
     ],
 )
 def test_shard_that_is_not_the_one_of_the_list(
@@ -174,6 +177,25 @@ def test_shard_that_is_not_the_one_of_the_list(
 
 def run(*arguments: object) -> int:
     return cli.main(["data", "verify", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("name", ["part_00001_000.manifest.json", "part.dataset.json"])
+def test_every_changed_word_of_a_manifest_or_a_list_is_noticed(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of what nothing else is compared with, such as the name of an input file."""
+    parts = [write_shard(tmp_path / f"part_0000{n}_000", DOCUMENTS) for n in range(2)]
+    write_dataset(tmp_path / "part", parts)
+    path, verify = tmp_path / name, ("--input", tmp_path / "part", "--index_only", "true")
+    text = path.read_text()
+    assert run(*verify) == 0
+    for place in (match.start() for match in re.finditer(r"(?<=[ \"])\w", text)):
+        other = "8" if text[place] != "8" else "9"
+        path.write_text(text[:place] + other + text[place + 1 :])
+        assert run(*verify) == 2, text[place - 20 : place + 20]
+    path.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != "sha256"}))
+    assert run(*verify) == 0, "older versions wrote none"
+    capsys.readouterr()
 
 
 @pytest.fixture

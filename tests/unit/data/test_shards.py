@@ -16,6 +16,7 @@ from megatron_dlm.data.storage.dataset import write_dataset
 from megatron_dlm.data.storage.manifest import HeldOut, Manifest, Origin, Source
 from megatron_dlm.data.storage.shard_writer import ShardWriter
 from megatron_dlm.data.storage.shards import Shard, shard_dtype
+from megatron_dlm.runtime.seals import is_sealed, unsealed
 
 DOCUMENTS = [[5, 6, 7, 2], [8], [], [1, 2, 3, 4, 9, 10, 11], [499, 0]]
 
@@ -76,7 +77,8 @@ def test_round_trip_and_manifest(tmp_path: Path) -> None:
         ).hexdigest()
         for name in ("bin", "idx")
     }
-    assert manifest == {
+    assert is_sealed(manifest)
+    assert unsealed(manifest) == {
         **sums,
         "format": 2,
         "vocab_size": 500,
@@ -200,9 +202,10 @@ def test_manifest_of_another_shard_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**manifest, "tokens": 15}))
     with pytest.raises(ValueError, match=r"changed since its manifest: 14 tokens.*announces 15"):
         Shard(prefix)
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"shard\.manifest\.json is not a shard manifest"):
-        Shard(prefix)
+    for broken in ("{", "[" * 100_000 + "]" * 100_000):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=r"shard\.manifest\.json is not a shard manifest"):
+            Shard(prefix)
     path.write_text(json.dumps({**manifest, "dtype": "int16"}))
     with pytest.raises(ValueError, match=r"changed since its manifest: .* as uint16.* as int16"):
         Shard(prefix)
