@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import ForkedCommand
 from tiny_corpus import TinyCorpus
 
-START_SECONDS = 120.0
+START_SECONDS = 240.0
 """Far more than a start takes, even on a busy machine; a hang ends here."""
 _ROOT = Path(__file__).parents[1]
 _SETTINGS: dict[str, Any] = {
@@ -76,18 +77,36 @@ class Ended:
 class Job:
     """One started process in its own process group, its output in files."""
 
-    def __init__(self, command: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        program: Sequence[str] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """`megatron-dlm arguments` under a `program`; in a fork if that is None."""
         self._log = log
+        variables = {
+            **os.environ,
+            "PYTHONPATH": str(_ROOT),
+            "OMP_NUM_THREADS": "1",
+            **(environment or {}),
+        }
+        self.process: subprocess.Popen[bytes] | ForkedCommand
+        if program is None:
+            self.process = ForkedCommand(arguments, log, variables)
+            return
         with (
             log.with_suffix(".out").open("w") as output,
             log.with_suffix(".err").open("w") as errors,
         ):
             self.process = subprocess.Popen(
-                command,
+                [*program, "megatron_dlm", *arguments],
                 stdout=output,
                 stderr=errors,
                 cwd=log.parent,
-                env={**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", **environment},
+                env=variables,
                 start_new_session=True,
             )
 
@@ -140,13 +159,23 @@ def _descendants(process: int) -> Iterator[int]:
 
 
 def start(
-    arguments: Sequence[str], log: Path, *, num_ranks: int = 1, wrapper: Sequence[str] = ()
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    num_ranks: int = 1,
+    wrapper: Sequence[str] = (),
+    imports: bool = False,
 ) -> Job:
-    """`python -m megatron_dlm ...`, under torchrun if there are several ranks."""
-    program = [sys.executable, "-m"]
+    """`python -m megatron_dlm ...`, under torchrun if there are several ranks.
+
+    imports: training starts in a new interpreter, seconds later.
+    """
+    if arguments[0] == "train" and num_ranks == 1 and not wrapper and not imports:
+        return Job(arguments, log)
+    program = [*wrapper, sys.executable, "-m"]
     if num_ranks > 1:
         program += ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", "-m"]
-    return Job([*wrapper, *program, "megatron_dlm", *arguments], log, {})
+    return Job(arguments, log, program=program)
 
 
 def start_ranks(
@@ -155,6 +184,7 @@ def start_ranks(
     *,
     num_ranks: int = 2,
     wrappers: dict[int, Sequence[str]] | None = None,
+    imports: bool = False,
 ) -> list[Job]:
     """Ranks without a launcher: nobody kills the others when one fails, each ends by itself."""
     with socket.socket() as probe:
@@ -170,9 +200,10 @@ def start_ranks(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        command = [sys.executable, "-m", "megatron_dlm", *arguments]
-        command = [*(wrappers or {}).get(rank, ()), *command]
-        jobs.append(Job(command, log.with_name(f"{log.name}_rank{rank}"), environment))
+        wrapper = (wrappers or {}).get(rank, () if imports else None)
+        program = None if wrapper is None else [*wrapper, sys.executable, "-m"]
+        place = log.with_name(f"{log.name}_rank{rank}")
+        jobs.append(Job(arguments, place, program=program, environment=environment))
     return jobs
 
 

@@ -16,7 +16,9 @@ from megatron_dlm.runtime.device import open_device
 
 open_device("auto")  # before any test module imports megatron.core
 
-_MANY_THREADS = 100
+_MANY_THREADS = 40
+# Workers take files in this order; what they begin last should be short, so that both end together.
+_LONG_FIRST = ("end_to_end", "distributed", "slurm")
 
 # A shell that starts the suite in the background has it ignore SIGINT, and all that it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -26,6 +28,26 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # the user's. It is a package of this process, so it cannot change from test to test.
 _CODE_OF_MODELS = tempfile.TemporaryDirectory(prefix="transformers_modules_")
 os.environ["HF_MODULES_CACHE"] = _CODE_OF_MODELS.name
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-xdist would begin with the files that have most tests: the quickest ones."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        directory = item.path.parent.name
+        return _LONG_FIRST.index(directory) if directory in _LONG_FIRST else len(_LONG_FIRST)
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: no collection needs to look through them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from fork_server import fork_server
+
 TIMEOUT_SECONDS = 180.0
 _MANY_THREADS = 400
 
@@ -79,7 +81,7 @@ class RankPool:
 
     def _start(self, num_ranks: int) -> None:
         assert num_ranks <= self._size, f"{num_ranks} ranks asked of a pool of {self._size}"
-        context = multiprocessing.get_context("spawn")
+        context = fork_server()
         while len(self._workers) < num_ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=False)
@@ -96,12 +98,8 @@ class RankPool:
 
 def _serve(connection: Connection) -> None:
     """One worker: run what arrives until the pipe closes."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     import torch.distributed as dist
 
-    from megatron_dlm.runtime.device import open_device
-
-    open_device("cpu")
     while True:
         try:
             function, arguments, rank, num_ranks, store = connection.recv()

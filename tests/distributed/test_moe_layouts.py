@@ -81,24 +81,31 @@ LAYOUTS = {
         ONE,
         layout("micro 1", 1, micro=1),
         layout("DP2", 2),
-        layout("TP2 + SP", 2, tp=2, sp=True),
+        layout("TP2 + SP", 2, micro=4, tp=2, sp=True),
         layout("EP2", 2, ep=2),
         layout("EP4", 4, ep=4),
         layout("EP2 x DP4", 4, ep=2, micro=1, overlap_grad_reduce=True, overlap_param_gather=True),
-        layout("EP2 x TP2 + SP", 4, ep=2, tp=2, sp=True),
-        layout("EP2 x ETP2 x TP2 + SP", 4, ep=2, etp=2, tp=2, sp=True),
+        layout("EP2 x TP2 + SP", 4, micro=4, ep=2, tp=2, sp=True),
+        layout("EP2 x ETP2 x TP2 + SP", 4, micro=4, ep=2, etp=2, tp=2, sp=True),
         layout("EP2 x PP2", 4, ep=2, pp=2),
         layout("EP2 x PP2 + VPP2", 4, ep=2, pp=2, vpp=2),
         layout("EP2 x CP2", 2, ep=2, cp=2),
-        layout("EP2 x CP2 x TP2 + SP", 4, ep=2, cp=2, tp=2, sp=True),
+        layout("EP2 x CP2 x TP2 + SP", 4, micro=4, ep=2, cp=2, tp=2, sp=True),
     )
 }
 NUM_STEPS = 3
 _references: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
 
-def run(ranks: RankPool, where: Layout, objective: str, model: ModelConfig) -> list[dict[str, Any]]:
-    arguments = (where, OBJECTIVES[objective], model, NUM_STEPS)
+def run(
+    ranks: RankPool,
+    where: Layout,
+    objective: str,
+    model: ModelConfig,
+    *,
+    num_steps: int = NUM_STEPS,
+) -> list[dict[str, Any]]:
+    arguments = (where, OBJECTIVES[objective], model, num_steps)
     return ranks.run(run_layout, *arguments, num_ranks=where.num_ranks)
 
 
@@ -220,7 +227,7 @@ EXACT = {
 def test_gradients_of_float64(ranks: RankPool, what: str, where: Layout) -> None:
     """Main loss and balancing losses at their weights, whatever splits the batch."""
     objective, model = EXACT[what]
-    ours = run(ranks, where, objective, model)
+    ours = run(ranks, where, objective, model, num_steps=0)
     weights = {
         name: torch.from_numpy(values).double().requires_grad_()
         for name, values in assemble(ours, "initial").items()

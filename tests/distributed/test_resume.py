@@ -27,7 +27,7 @@ COMPLETEP = [
 ]
 BASE = {
     "model": {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16},
-    "train": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+    "train": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 4, "precision": "fp32"},
     "checkpoint": {"interval_steps": 5, "keep_last": 0},
     "validation": {"interval_steps": 5, "num_samples": 6},
     # 3 does not divide 5: the checkpoint is taken in the middle of a logging interval.

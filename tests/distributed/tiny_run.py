@@ -46,26 +46,27 @@ def layout(name: str, num_ranks: int, *, micro: int = 2, **sizes: Any) -> Layout
     return Layout(name, num_ranks, micro, parallel)
 
 
+# Two micro-batches where splitting samples is not the point: every collective costs the same.
 LAYOUTS = [
     layout("micro 1", 1, micro=1),
     layout("micro 8", 1, micro=8),
-    layout("TP2", 2, tp=2),
-    layout("TP2 + SP", 2, tp=2, sp=True),
+    layout("TP2", 2, micro=4, tp=2),
+    layout("TP2 + SP", 2, micro=4, tp=2, sp=True),
     layout("PP2", 2, pp=2),
     layout("PP2 + VPP2", 2, pp=2, vpp=2),
     layout("DP2", 2),
     layout("DP2 overlapped", 2, micro=1, overlap_grad_reduce=True, overlap_param_gather=True),
     layout("DP4", 4),
-    layout("TP2 x PP2", 4, tp=2, pp=2),
-    layout("TP2 + SP x PP2 + VPP2", 4, tp=2, pp=2, sp=True, vpp=2),
+    layout("TP2 x PP2", 4, micro=4, tp=2, pp=2),
+    layout("TP2 + SP x PP2 + VPP2", 4, micro=4, tp=2, pp=2, sp=True, vpp=2),
     layout("TP2 + SP x DP2", 4, tp=2, sp=True),
     layout("PP4", 4, pp=4),
-    layout("CP2", 2, cp=2),
-    layout("CP2 by heads", 2, cp=2, comm="a2a"),
-    layout("CP2 x TP2 + SP", 4, cp=2, tp=2, sp=True),
-    layout("CP2 x PP2 + VPP2 by heads", 4, cp=2, pp=2, vpp=2, comm="a2a"),
+    layout("CP2", 2, micro=4, cp=2),
+    layout("CP2 by heads", 2, micro=4, cp=2, comm="a2a"),
+    layout("CP2 x TP2 + SP", 4, micro=4, cp=2, tp=2, sp=True),
+    layout("CP2 x PP2 + VPP2 by heads", 4, micro=4, cp=2, pp=2, vpp=2, comm="a2a"),
     layout("CP2 x DP2", 4, cp=2),
-    layout("CP4", 4, cp=4),
+    layout("CP4", 4, micro=4, cp=4),
 ]
 
 

@@ -51,7 +51,7 @@ def runs(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> R
     }
     for name, changes in kinds.items():
         settings = {"train__steps": 40, "validation__num_samples": NUM_WINDOWS, **changes}
-        settings["validation__interval_steps"] = 40
+        settings |= {"validation__interval_steps": 40, "checkpoint__interval_steps": 40}
         assert run_here(arguments(tiny_corpus, root / name, **settings)) == 0
     return {name: root / name for name in kinds}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -34,9 +36,10 @@ def test_killed_on_four_ranks_and_resumed_on_one(
     command = arguments(tiny_corpus, run)
     layout = ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2"]
     flags = [f"--parallel.{size}" for size in layout]
-    job = start([*command, *flags], tmp_path / "four", num_ranks=4)
-    job.wait_for(lambda: latest(run) >= 8)
-    job.kill()
+    jobs = start_ranks([*command, *flags], tmp_path / "four", num_ranks=4)
+    jobs[0].wait_for(lambda: latest(run) >= 8)
+    for job in jobs:
+        job.kill()
     taken = max(metrics(run))
     assert 8 <= taken < 24, "killed in the middle"
     assert run_here(command) == 0
@@ -76,7 +79,8 @@ def freeze_in_a_save(job: Job, run: Path) -> Path:
         if not list((run / "checkpoints").glob("*.unfinished")):
             return False
         os.kill(job.process.pid, signal.SIGSTOP)
-        os.waitid(os.P_PID, job.process.pid, os.WSTOPPED | os.WNOWAIT)
+        while set(states_of_threads(job.process.pid)) - {"T"}:
+            time.sleep(0.001)
         found[:] = (run / "checkpoints").glob("iter_*.unfinished")
         if not found:  # renamed in the meantime: the next one
             os.kill(job.process.pid, signal.SIGCONT)
@@ -84,6 +88,15 @@ def freeze_in_a_save(job: Job, run: Path) -> Path:
 
     job.wait_for(stopped_inside, interval=0.0)
     return found[0]
+
+
+def states_of_threads(process: int) -> list[str]:
+    """A letter each, as in `man proc_pid_stat`; none of threads that end meanwhile."""
+    found = []
+    for path in Path(f"/proc/{process}/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.append(path.read_text().rpartition(")")[2].split()[0])
+    return found
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])

@@ -41,7 +41,7 @@ def runs(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> R
     root = tmp_path_factory.mktemp("noisy")
     for name, changes in KINDS.items():
         settings = {"train__steps": STEPS, "validation__num_samples": NUM_WINDOWS, **changes}
-        settings["validation__interval_steps"] = STEPS
+        settings |= {"validation__interval_steps": STEPS, "checkpoint__interval_steps": STEPS}
         assert run_here(arguments(tiny_corpus, root / name, **settings)) == 0
     return {name: root / name for name in KINDS}
 

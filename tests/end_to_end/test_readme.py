@@ -38,7 +38,8 @@ def test_commands_run_as_shown(checkout: Path) -> None:
         flags = SHORT.get(arguments[0], [])
         if arguments[0] == "train":  # each from its first step
             flags = [*flags, f"--train.output_dir=runs/{number}"]
-        job = start([*arguments, *flags], checkout / f"log_{number}", num_ranks=num_ranks)
+        log = checkout / f"log_{number}"
+        job = start([*arguments, *flags], log, num_ranks=num_ranks, imports=True)
         ended = job.end()
         assert ended.code == 0, f"{words}\n{ended.errors}"
         run.append((arguments[0], num_ranks))

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import csv
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fork_server import run_script
 
 ROOT = Path(__file__).parents[2]
 
 
 def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
+    return run_script(ROOT / "tools" / f"{name}.py", *arguments)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

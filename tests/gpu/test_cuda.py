@@ -53,7 +53,8 @@ def test_training_follows_the_cpu(
     for device, choice in (("cpu", "local"), ("cuda", implementation)):
         run = tmp_path / device
         flags = {"train__device": device, "model__transformer_impl": choice}
-        ended = start(arguments(tiny_corpus, run, **flags), tmp_path / f"log_{device}").end()
+        command = arguments(tiny_corpus, run, **flags)
+        ended = start(command, tmp_path / f"log_{device}", imports=True).end()
         assert ended.code == 0, ended.errors
         curves[device] = metrics(run)
     for step, entry in curves["cpu"].items():

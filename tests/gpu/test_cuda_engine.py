@@ -35,7 +35,7 @@ SHAPE = {
 def curve(corpus: TinyCorpus, run: Path, **flags: Any) -> dict[int, dict[str, Any]]:
     """Of a run in a process of its own."""
     settings = {**SHAPE, **flags}
-    ended = start(arguments(corpus, run, **settings), run.with_suffix(".log")).end()
+    ended = start(arguments(corpus, run, **settings), run.with_suffix(".log"), imports=True).end()
     assert ended.code == 0, ended.errors
     return metrics(run)
 

@@ -26,7 +26,7 @@ def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
         text=True,
         cwd=ROOT,
         env={**inherited, **environment},
-        timeout=60,
+        timeout=240,
         check=False,
     )
 
