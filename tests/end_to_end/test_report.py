@@ -79,7 +79,8 @@ def test_nothing_in_the_assets_leaves_the_page():
     import megatron_dlm.launch.report.page as page
 
     assets = sorted((Path(page.__file__).parent / "assets").iterdir())
-    assert [path.name for path in assets] == ["chart.js", "page.css", "page.js", "scales.js"]
+    names = ["chart.js", "page.css", "page.js", "scales.js", "study.css"]
+    assert [path.name for path in assets] == names
     for path in assets:
         text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?:|fetch\(|XMLHttp|import\(|@import|innerHTML|eval\(", text)
