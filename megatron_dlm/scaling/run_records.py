@@ -20,7 +20,7 @@ Report = Mapping[str, Any]
 
 # A section of config.yaml: its name and all lines up to the next one.
 _SECTION = re.compile(r"^(\w+):.*\n(?:[ #-].*\n|\n)*", re.MULTILINE)
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_reports(path: Path, split: str, warnings: list[str]) -> Iterator[Report]:
@@ -119,7 +119,7 @@ def _read_sections(text: str, names: set[str]) -> dict[str, Any]:
 @lru_cache(maxsize=512)
 def _parsed(text: str) -> dict[str, Any]:
     """Runs of one study have most sections in common."""
-    values = yaml.load(text, Loader=_Loader)
+    values = yaml.load(text, Loader=_SafeLoader)
     if not isinstance(values, dict):
         raise ValueError("no mapping")
     return values

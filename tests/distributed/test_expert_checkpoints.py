@@ -14,6 +14,7 @@ from test_resume import check_metrics, killed_after_five, train
 
 EXPERTS = [
     "--objective.kind=masked",
+    "--train.micro_batch_size=2",
     "--model.moe.num_experts=4",
     "--model.moe.ffn_hidden_size=48",
     "--model.moe.num_dense_layers=2",  # so that the first of two stages has no experts

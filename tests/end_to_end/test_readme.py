@@ -43,7 +43,7 @@ def test_commands_run_as_shown(checkout: Path) -> None:
         ended = job.end()
         assert ended.code == 0, f"{words}\n{ended.errors}"
         run.append((arguments[0], num_ranks))
-    names = ["tokenizer", "preprocess", "plan", "train", "train", "data", "data"]
+    names = ["study", "tokenizer", "preprocess", "plan", "train", "train", "data", "data"]
     names += ["export", "import", "generate", "evaluate"]
     assert [name for name, _ in run] == names
     assert [num_ranks for name, num_ranks in run if name == "train"] == [1, 4]
