@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_dlm.runtime.files import write_whole
@@ -23,6 +23,12 @@ class Drawn:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
     """Smoothing, seeds, what is a bound and what is exact: whole sentences."""
+
+    def without_empty_columns(self) -> Drawn:
+        """The small table without what no row has, such as panels where there is one."""
+        kept = [place for place in range(len(self.header)) if any(row[place] for row in self.rows)]
+        rows = tuple(tuple(row[place] for place in kept) for row in self.rows)
+        return replace(self, header=tuple(self.header[place] for place in kept), rows=rows)
 
 
 def write_numbers(

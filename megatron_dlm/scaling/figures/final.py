@@ -94,7 +94,8 @@ def draw(spec: FinalSpec, results: Results, study: Study, stem: Path) -> Drawn:
         *left_out,
         *_hidden_note(scores, spec),
     )
-    title = f"{study.name}: {axis_name(spec.metric)} against {axis_name(spec.x)}"
+    kind = "lowest" if spec.score == "best" else spec.score
+    title = f"{study.name}: {kind} {axis_name(spec.metric)} against {axis_name(spec.x)}"
     return Drawn(files, title, table.header, table.rows, notes)
 
 

@@ -76,7 +76,7 @@ def draw_figure(name: str, spec: Spec, results: Results, study: Study, folder: P
     """Draw one declared figure into the folder; errors name it."""
     draw = next(draw for kind, draw in KINDS.values() if type(spec) is kind)
     try:
-        return draw(spec, results, study, folder / name)
+        return draw(spec, results, study, folder / name).without_empty_columns()
     except ValueError as error:
         raise ValueError(f"figure {name}: {error}") from None
 
