@@ -34,8 +34,10 @@ def fit_scaling(config: ScalingFitConfig) -> None:
         try:
             fits.append(fit_runs(config, label, of_label))
         except ValueError as error:
-            place = f"{config.by} {label}: " if config.by else ""
-            raise ValueError(f"{place}{error}") from None
+            if not config.by:
+                raise
+            others = f"; --only.{config.by} LABEL fits one of the others alone"
+            raise ValueError(f"{config.by} {label}: {error}{others}") from None
     file = LawFile(config.law, config.by, _source(config, runs), tuple(fits))
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
