@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +158,20 @@ class Browser:
             self._buffer += chunk
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
+
+
+@contextlib.contextmanager
+def watched(browser: Browser, page: Path) -> Iterator[Browser]:
+    """The page, freshly loaded; whatever is done there, nothing may go wrong or be asked for."""
+    browser.open(page)
+    yield browser
+    browser.send("Emulation.setEmulatedMedia", media="", features=[])
+    wrong = ("Runtime.exceptionThrown", "Log.entryAdded")
+    assert [event["params"] for event in browser.events if event.get("method") in wrong] == []
+    requests = [
+        event["params"]["request"]["url"]
+        for event in browser.events
+        if event.get("method") == "Network.requestWillBeSent"
+    ]
+    inline = "data:image/svg+xml;"
+    assert [url for url in requests if not url.startswith(inline)] == [page.as_uri()]

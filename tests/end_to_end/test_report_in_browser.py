@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import NAMES, Browser, chromium
+from browser import NAMES, Browser, chromium, watched
 from report_runs import write_run
 
 from megatron_dlm.config.report_command import ReportConfig
@@ -40,18 +40,8 @@ def _page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(name="opened")
 def _opened(browser: Browser, page: Path) -> Iterator[Browser]:
-    """The page, freshly loaded; whatever the test does, nothing may go wrong in it."""
-    browser.open(page)
-    yield browser
-    browser.send("Emulation.setEmulatedMedia", media="", features=[])
-    wrong = ("Runtime.exceptionThrown", "Log.entryAdded")
-    assert [event["params"] for event in browser.events if event.get("method") in wrong] == []
-    requests = [
-        event["params"]["request"]["url"]
-        for event in browser.events
-        if event.get("method") == "Network.requestWillBeSent"
-    ]
-    assert requests == [page.as_uri()]
+    with watched(browser, page) as opened:
+        yield opened
 
 
 def texts(browser: Browser, selector: str) -> list[str]:

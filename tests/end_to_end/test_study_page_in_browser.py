@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from browser import NAMES, Browser, chromium
+from browser import NAMES, Browser, chromium, watched
 from study_runs import CROSSOVER, LINES, write_runs, write_study
 
 from megatron_dlm.config.study_commands import StudyReportConfig
@@ -42,18 +42,8 @@ def _browser() -> Iterator[Browser]:
 
 @pytest.fixture(name="opened")
 def _opened(browser: Browser, page: Path) -> Iterator[Browser]:
-    """The page, freshly loaded; whatever the test does, nothing may go wrong in it."""
-    browser.open(page)
-    yield browser
-    browser.send("Emulation.setEmulatedMedia", media="", features=[])
-    wrong = ("Runtime.exceptionThrown", "Log.entryAdded")
-    assert [event["params"] for event in browser.events if event.get("method") in wrong] == []
-    requests = [
-        event["params"]["request"]["url"]
-        for event in browser.events
-        if event.get("method") == "Network.requestWillBeSent"
-    ]
-    assert [url for url in requests if not url.startswith("data:image/svg+xml;")] == [page.as_uri()]
+    with watched(browser, page) as opened:
+        yield opened
 
 
 def test_the_figures_show(opened: Browser) -> None:
