@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_dlm.evaluation.shards import LevelPoint, LogSNRPoint
-
-# Okabe and Ito's palette: distinct for colour-blind readers and in print.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+from megatron_dlm.scaling.figures.style import COLORS, save_whole
 
 
 def plot_noise_levels(
@@ -30,7 +27,7 @@ def plot_noise_levels(
             [_place(point)[0] for point in points],
             [_place(point)[1] for point in points],
             yerr=[point.standard_error for point in points],
-            color=_COLORS[number % len(_COLORS)],
+            color=COLORS[number % len(COLORS)],
             linewidth=1.6,
             marker="o",
             markersize=3.5,
@@ -49,9 +46,7 @@ def plot_noise_levels(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(framealpha=0.9, edgecolor="none", title="dataset: area under its line")
     axes.set_title(title, fontsize=10)
-    temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
-    figure.savefig(temporary)
-    os.replace(temporary, output)
+    save_whole(figure, output)
 
 
 def _place(point: LevelPoint | LogSNRPoint) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from megatron_dlm.scaling.crossover import (
     find_crossing,
     read_validation_curve,
 )
-from megatron_dlm.scaling.figures.style import COLORS, MARKERS
+from megatron_dlm.scaling.figures.style import COLORS, MARKERS, save_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,9 +65,7 @@ def plot_validation_curves(
     axes.legend(framealpha=0.9, edgecolor="none")
     figure.suptitle(title, fontsize=12)
     axes.set_title(subtitle, fontsize=9, color="0.35")
-    temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
-    figure.savefig(temporary)
-    os.replace(temporary, output)
+    save_whole(figure, output)
     return CurveSummary(
         best={label: best_point(curve) for label, curve in curves.items()},
         last={label: curve[-1] for label, curve in curves.items()},

@@ -88,16 +88,18 @@ def _doubts(page: StudyPage) -> list[str]:
     found = []
     missing = [run.name for run in page.runs if run.last is None]
     if missing:
-        shown = ", ".join(missing[:6]) + (" ..." if len(missing) > 6 else "")
-        found.append(f"{len(missing)} runs have not reported: {shown}")
+        found.append(f"{len(missing)} runs have not reported: {_first_of(missing)}")
     unfinished = [run.name for run in page.runs if run.state in ("running", "preempted", "failed")]
     if unfinished:
-        shown = ", ".join(unfinished[:6]) + (" ..." if len(unfinished) > 6 else "")
-        found.append(f"{len(unfinished)} runs are not finished: {shown}")
+        found.append(f"{len(unfinished)} runs are not finished: {_first_of(unfinished)}")
     made_from = commits(page.results.rows)
     if len(made_from) > 1:
         found.append(f"the runs were made from {len(made_from)} states of the code (see below)")
     return found
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")
 
 
 def _figure(figure: Figure) -> str:

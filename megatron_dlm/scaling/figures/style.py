@@ -89,9 +89,14 @@ def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
     from matplotlib import rc_context
 
     paths = (stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg"))
-    for path in paths:
-        temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-        with rc_context(_SETTINGS):
-            figure.savefig(temporary, metadata=_WITHOUT_DATE[path.suffix[1:]])
-        os.replace(temporary, path)
+    with rc_context(_SETTINGS):
+        for path in paths:
+            save_whole(figure, path, metadata=_WITHOUT_DATE[path.suffix[1:]])
     return paths
+
+
+def save_whole(figure: Figure, path: Path, **options: Any) -> None:
+    """The picture under its name when all of it is written; options are those of `savefig`."""
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    figure.savefig(temporary, **options)
+    os.replace(temporary, path)
