@@ -32,6 +32,7 @@ from megatron_dlm.models.accounting import (
 from megatron_dlm.models.accounting_memory import BatchLayout, MemoryEstimate, memory_per_rank
 from megatron_dlm.runtime.files import write_whole
 from megatron_dlm.scaling.plan_data import announced_tokens, data_table, open_training_data
+from megatron_dlm.scaling.short_numbers import with_unit
 
 
 @dataclass(frozen=True)
@@ -272,10 +273,7 @@ def _gpu_hours(length: RunLength, config: PlanRunConfig) -> str:
 
 
 def _short(number: float) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.4g} {unit}"
-    return f"{number:.4g}"
+    return with_unit(number, gap=" ")
 
 
 def _gigabytes(number: float) -> str:

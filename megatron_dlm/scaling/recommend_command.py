@@ -22,6 +22,7 @@ from megatron_dlm.scaling.recommend_published import (
     recommend_diffusion,
     tuning,
 )
+from megatron_dlm.scaling.short_numbers import with_unit
 
 _ROWS = {
     "parameters": "parameters",
@@ -176,7 +177,4 @@ def _notes(recommendations: Sequence[Recommendation]) -> list[str]:
 
 
 def _short(number: float) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if size <= number < 1e15:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
+    return with_unit(number, digits=3, below=1e15)

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_dlm.launch.report.curves import Table
 from megatron_dlm.launch.report.run_files import RunFiles
+from megatron_dlm.scaling.short_numbers import with_unit
 
 ABSENT = "—"
 # Where the files of a run lie is no setting of it.
@@ -61,10 +62,7 @@ def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
 
 def short(number: float) -> str:
     """12.3M for 12,345,678."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.4g}{unit}"
-    return f"{number:.4g}"
+    return with_unit(number)
 
 
 def columns_of(run: RunFiles, split: str, metric: str) -> tuple[Table, np.ndarray] | None:
