@@ -10,11 +10,11 @@ from megatron_dlm.config.scaling_commands import ScalingFitConfig
 from megatron_dlm.scaling.bootstrap import Floats, intervals
 from megatron_dlm.scaling.isoflop import (
     ComputeOptimal,
-    Trained,
     TrainingCurve,
     at_budgets,
     budgets_of,
     fit_compute_optimal,
+    lowest_models,
 )
 from megatron_dlm.scaling.law_file import NUMBERS, Fit
 from megatron_dlm.scaling.measured_runs import MeasuredRun
@@ -81,10 +81,7 @@ def _compute_optimal(
 ) -> ComputeOptimal:
     models = at_budgets(_curves(runs, size), budgets)
     if config.models == "best":
-        best: dict[tuple[float, float], Trained] = {}
-        for model in sorted(models, key=lambda model: model.loss_nats):
-            best.setdefault((model.compute_flops, model.size), model)
-        models = list(best.values())
+        models = lowest_models(models)
     is_weighted = config.weighting == "precision"
     return fit_compute_optimal(
         models, count=config.resamples, seed=config.seed, weighted=is_weighted

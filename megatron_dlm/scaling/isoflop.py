@@ -142,6 +142,14 @@ def at_budgets(curves: Sequence[TrainingCurve], budgets: Sequence[float]) -> lis
     return found
 
 
+def lowest_models(models: Sequence[Trained]) -> list[Trained]:
+    """Of every size at every budget the model with the lowest loss, whatever else differs."""
+    best: dict[tuple[float, float], Trained] = {}
+    for model in sorted(models, key=lambda model: model.loss_nats):
+        best.setdefault((model.compute_flops, model.size), model)
+    return list(best.values())
+
+
 def budgets_of(curves: Sequence[TrainingCurve], count: int) -> list[float]:
     """`count` budgets, evenly in logarithms, over the range where three sizes or more have a loss.
 

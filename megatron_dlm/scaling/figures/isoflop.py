@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,6 +30,7 @@ from megatron_dlm.scaling.isoflop import (
     at_budgets,
     budgets_of,
     fit_compute_optimal,
+    lowest_models,
     optima_of,
 )
 from megatron_dlm.scaling.results import Results, curve_of, number
@@ -65,6 +67,9 @@ class IsoflopSpec(Grouping):
     read: Literal["curves", "last"] = "curves"
     """curves: read every run at every budget, which asks for learning rates that are not annealed;
     last: only at the end of every run."""
+    models: Literal["all", "best"] = "all"
+    """all: every run counts, and runs of a line differ in size and seed only; best: the lowest loss
+    of each size and seed at a budget, whatever else differs, such as batch and learning rate."""
     budgets: int | tuple[float, ...] = 5
     """Budgets of compute in FLOPs; a number: that many, evenly in logarithms, within what the
     curves of three sizes cover. Where the last is read, a run's own compute tells its budget."""
@@ -89,16 +94,21 @@ def draw(spec: IsoflopSpec, results: Results, study: Study, stem: Path) -> Drawn
     """Write stem.png, .svg and .csv; raises ValueError where no run reached a budget."""
     results.check_columns("tokens", spec.metric, _FLOPS[spec.flops], _size_column(spec))
     members = members_of(results, study, spec)
-    refuse_twins(members, study, lambda member: _place(member, spec))
+    if spec.models == "all":
+        refuse_twins(members, study, lambda member: _place(member, spec))
     by_line = {
-        line: [found for member in of_line if (found := _curve(member, spec)) is not None]
+        line: [
+            [found for member in of_seed if (found := _curve(member, spec)) is not None]
+            for of_seed in grouped(of_line, lambda member: member.seed).values()
+        ]
         for line, of_line in grouped(members, lambda member: member.line).items()
     }
-    budgets = _budgets([curves for curves in by_line.values() if curves], spec)
+    of_lines = [list(chain.from_iterable(seeds)) for seeds in by_line.values()]
+    budgets = _budgets([curves for curves in of_lines if curves], spec)
     families: list[Family] = []
     notes: list[str] = []
-    for line, curves in by_line.items():
-        models = _models(curves, budgets, spec)
+    for line, seeds in by_line.items():
+        models = [model for curves in seeds for model in _models(curves, budgets, spec)]
         if models:
             families.append(_family(line, models, spec, notes))
     if not families:
@@ -175,8 +185,14 @@ def _clusters(values: Sequence[float]) -> list[float]:
 def _models(
     curves: Sequence[TrainingCurve], budgets: Sequence[float], spec: IsoflopSpec
 ) -> list[Trained]:
-    if spec.read == "curves":
-        return at_budgets(curves, budgets)
+    """Of the runs of one seed."""
+    read = at_budgets if spec.read == "curves" else _at_the_end
+    models = read(curves, budgets)
+    return lowest_models(models) if spec.models == "best" else models
+
+
+def _at_the_end(curves: Sequence[TrainingCurve], budgets: Sequence[float]) -> list[Trained]:
+    """The runs whose own compute is about that of a budget."""
     found = []
     for curve in curves:
         compute = float(curve.compute_flops[-1])
@@ -235,9 +251,14 @@ def _method_notes(spec: IsoflopSpec) -> list[str]:
         "only where the learning rate is not annealed.",
         "last": "Losses are those at the end of each run.",
     }
+    chosen = (
+        "Of the runs of one size and seed the one with the lowest loss stands at each budget; the "
+        "lowest of many is a little too low by chance.",
+    )
     return [
         f"Compute counts {_CONVENTIONS[spec.flops]}.",
         read[spec.read],
+        *(chosen if spec.models == "best" else ()),
         "Stars are the lowest points of parabolas in log size; dashed parabolas have theirs "
         "outside of the trained sizes and are left out of the laws.",
         "Bands: 95 %, by a wild bootstrap over runs. The law of the loss has no irreducible part: "

@@ -188,6 +188,33 @@ def test_last_reports_are_grouped_by_their_compute(tmp_path: Path) -> None:
     assert any("at the end of each run" in note for note in drawn.notes)
 
 
+def test_the_lowest_of_a_grid_stands_for_its_size(tmp_path: Path) -> None:
+    """Another rate is the best one at every other size, and which one is not the same by seed."""
+    axes = {"seed": labels("s1", "s2"), "size": labels(*SIZES), "rate": labels("r1", "r2", "r3")}
+    shift = {"s1": 0.0, "s2": 0.02}
+
+    def grid(place: Any) -> list[dict[str, Any]]:
+        rows = curves({**place, "objective": "ar"})
+        best = (list(SIZES).index(place["size"]) + int(place["seed"][1])) % 3 + 1
+        too_much = shift[place["seed"]] + 0.1 * abs(int(place["rate"][1]) - best)
+        return [{**row, "nelbo": row["nelbo"] + too_much} for row in rows]
+
+    study, results = made_study(axes, grid)
+    spec = IsoflopSpec(models="best", budgets=BUDGETS, resamples=50)
+    drawn = draw(spec, results, study, tmp_path / "f")
+    with (tmp_path / "f.csv").open() as lines:
+        models = [row for row in csv.DictReader(lines) if row["kind"] == "model"]
+    assert len(models) == len(BUDGETS) * len(SIZES) * 2
+    for row in models:
+        seed = row["run"].split("_")[0]
+        truth = loss(float(row["size"]), float(row["compute_flops"]), 0.5) + shift[seed]
+        assert float(row["loss_nats"]) == pytest.approx(truth, abs=2e-3)
+    assert exponent_in(table(drawn)["", "size"]) == pytest.approx(0.5, abs=2e-3)
+    assert any("lowest of many" in note for note in drawn.notes)
+    with pytest.raises(ValueError, match=r"have one place in the figure; they differ in rate"):
+        draw(IsoflopSpec(budgets=BUDGETS), results, study, tmp_path / "f")
+
+
 def test_a_run_of_another_budget_is_no_member(tmp_path: Path) -> None:
     study, results = made_study(AXES, curves)
     with pytest.raises(ValueError, match=r"results\.csv: no run reaches one of the budgets"):
