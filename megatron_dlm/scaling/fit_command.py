@@ -26,9 +26,12 @@ FORMULAS = {
 
 
 def fit_scaling(config: ScalingFitConfig) -> None:
-    """Write the law and print it; ValueError where the tables lack what it needs."""
+    """Write the law and print it; ValueError where the tables lack what it needs.
+
+    A label without a law has its reason in the file, and is named by the ValueError at the end.
+    """
     runs = measured_runs(config)
-    fits = []
+    fits, without_law = [], {}
     for label in dict.fromkeys(run.label for run in runs):
         of_label = [run for run in runs if run.label == label]
         try:
@@ -36,13 +39,17 @@ def fit_scaling(config: ScalingFitConfig) -> None:
         except ValueError as error:
             if not config.by:
                 raise
-            others = f"; --only.{config.by} LABEL fits one of the others alone"
-            raise ValueError(f"{config.by} {label}: {error}{others}") from None
-    file = LawFile(config.law, config.by, _source(config, runs), tuple(fits))
+            without_law[label] = str(error)
+    faults = "; ".join(f"{config.by} {label}: {reason}" for label, reason in without_law.items())
+    if not fits:
+        raise ValueError(faults)
+    file = LawFile(config.law, config.by, _source(config, runs), tuple(fits), without_law)
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_law(output, file)
     _tell(file, output)
+    if faults:
+        raise ValueError(f"{output} holds the others and no law of {faults}")
 
 
 def _source(config: ScalingFitConfig, runs: Sequence[MeasuredRun]) -> Source:

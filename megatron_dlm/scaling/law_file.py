@@ -83,12 +83,14 @@ class Fit:
 
 @dataclass(frozen=True)
 class LawFile:
-    """One law for every label."""
+    """One law for every label whose runs fix one."""
 
     law: str
     by: str | None
     source: Source
     fits: tuple[Fit, ...]
+    without_law: Mapping[str, str]
+    """Label -> why its runs do not."""
 
 
 def write_law(path: Path, file: LawFile) -> None:
@@ -110,7 +112,7 @@ def write_law(path: Path, file: LawFile) -> None:
     ]
     content = {
         **{"format": FORMAT, "law": file.law, "by": file.by},
-        **{"source": asdict(file.source), "fits": fits},
+        **{"source": asdict(file.source), "without_law": dict(file.without_law), "fits": fits},
     }
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     for mark, drawn in marks.items():
@@ -134,7 +136,7 @@ def read_law(path: Path) -> LawFile:
             "with `megatron-dlm scaling fit`"
         )
     reader = _Reader(path)
-    reader.keys("", content, ("format", "law", "by", "source", "fits"))
+    reader.keys("", content, ("format", "law", "by", "source", "without_law", "fits"))
     law = content["law"]
     reader.require(law in NUMBERS, "law", law, f"one of {', '.join(NUMBERS)}")
     by = content["by"]
@@ -144,7 +146,8 @@ def read_law(path: Path) -> LawFile:
         reader.fit(f"fits[{place}]", value, NUMBERS[law])
         for place, value in enumerate(content["fits"])
     ]
-    return LawFile(law, by, reader.source(content["source"]), tuple(fits))
+    without_law = reader.reasons("without_law", content["without_law"])
+    return LawFile(law, by, reader.source(content["source"]), tuple(fits), without_law)
 
 
 class _Reader:
@@ -177,6 +180,11 @@ class _Reader:
         is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
         self.require(is_list, key, value, "a list of texts")
         return tuple(value)
+
+    def reasons(self, key: str, value: Any) -> dict[str, str]:
+        is_mapping = isinstance(value, dict) and all(isinstance(w, str) for w in value.values())
+        self.require(is_mapping, key, value, "a mapping of labels to reasons")
+        return dict(value)
 
     def source(self, value: Any) -> Source:
         self.keys("source", value, [field.name for field in fields(Source)])

@@ -15,7 +15,12 @@ from megatron_dlm.config.scaling_commands import ScalingRecommendConfig
 from megatron_dlm.runtime.files import write_whole
 from megatron_dlm.scaling.advice import Advice, Choice, Question, Recommendation
 from megatron_dlm.scaling.published import NOISE_TYPES
-from megatron_dlm.scaling.recommend_fitted import choose_fitted, read_laws, recommend_fitted
+from megatron_dlm.scaling.recommend_fitted import (
+    choose_fitted,
+    read_laws,
+    recommend_fitted,
+    without_law,
+)
 from megatron_dlm.scaling.recommend_published import (
     choose_published,
     recommend_autoregressive,
@@ -40,7 +45,8 @@ _FAR_DECADES = 0.05
 def recommend_scaling(config: ScalingRecommendConfig) -> None:
     """Print the recommendations; ValueError for a law that cannot be used."""
     question = Question(config.unique_tokens, config.flops, config.convention, config.seq_length)
-    fitted = recommend_fitted(question, read_laws(config.laws, question))
+    laws = read_laws(config.laws, question)
+    fitted = recommend_fitted(question, laws)
     recommendations = [_filled(each) for each in fitted]
     if config.convention != "fine":  # no paper counts so
         own = {each.objective for each in recommendations}
@@ -53,6 +59,7 @@ def recommend_scaling(config: ScalingRecommendConfig) -> None:
         "question": asdict(question),
         "choices": [asdict(choice) for choice in choices],
         "recommendations": [asdict(each) for each in recommendations],
+        "without_law": without_law(laws),
         "assumptions": assumptions(question),
     }
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -61,7 +68,7 @@ def recommend_scaling(config: ScalingRecommendConfig) -> None:
     if config.json:
         print(text, end="")
     else:
-        _tell(question, recommendations, choices)
+        _tell(question, recommendations, choices, without_law(laws))
 
 
 def _filled(recommendation: Recommendation) -> Recommendation:
@@ -103,7 +110,10 @@ def assumptions(question: Question) -> list[str]:
 
 
 def _tell(
-    question: Question, recommendations: Sequence[Recommendation], choices: Sequence[Choice]
+    question: Question,
+    recommendations: Sequence[Recommendation],
+    choices: Sequence[Choice],
+    missing: Sequence[str],
 ) -> None:
     console = Console()
     console.print(
@@ -117,7 +127,7 @@ def _tell(
         for reason in choice.reasons:
             console.print(f"  {escape(reason)}", highlight=False, soft_wrap=True)
     console.print(_table(recommendations))
-    for line in [*_sources(recommendations), *_notes(recommendations)]:
+    for line in [*_sources(recommendations), *_notes(recommendations), *missing]:
         console.print(escape(line), highlight=False, soft_wrap=True)
     console.print("Assumed:", style="dim", highlight=False)
     for line in assumptions(question):

@@ -72,6 +72,16 @@ def read_laws(paths: Sequence[str], question: Question) -> list[NamedFit]:
     return found
 
 
+def without_law(laws: Sequence[NamedFit]) -> list[str]:
+    """What the files say that they have no law of, a line for each."""
+    reasons = {law.path: law.file.without_law for law in laws}
+    return [
+        f"{label}: no law in {path} ({reason})"
+        for path, labels in reasons.items()
+        for label, reason in labels.items()
+    ]
+
+
 def recommend_fitted(question: Question, laws: Sequence[NamedFit]) -> list[Recommendation]:
     """One for every objective that a law of sizes knows, with batch and rate where known."""
     found: dict[str, Recommendation] = {}

@@ -41,7 +41,7 @@ def a_law(law: str = "batch") -> LawFile:
         )
         for label, cost in (("ar", (6.6, 1.0)), ("masked", None))
     ]
-    return LawFile(law, "objective", source, tuple(fits))
+    return LawFile(law, "objective", source, tuple(fits), {"block": "3 runs are too few"})
 
 
 @pytest.mark.parametrize("law", NUMBERS)
@@ -49,7 +49,8 @@ def test_what_is_written_is_read(law: str, tmp_path: Path) -> None:
     file = a_law(law)
     write_law(tmp_path / "law.json", file)
     found = read_law(tmp_path / "law.json")
-    assert (found.law, found.by, found.source) == (file.law, file.by, file.source)
+    for name in ("law", "by", "source", "without_law"):
+        assert getattr(found, name) == getattr(file, name), name
     for ours, theirs in zip(found.fits, file.fits, strict=True):
         np.testing.assert_array_equal(ours.drawn, theirs.drawn)
         for name in ("label", "numbers", "goodness", "num_runs", "flops_per_token", "ranges"):
@@ -74,6 +75,7 @@ def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
         (lambda c: c.update(law="kaplan"), "law is 'kaplan'; expected one of isoflop"),
         (lambda c: c.pop("source"), "source is missing; make the file anew"),
         (lambda c: c.update(more=1), "more is unknown"),
+        (lambda c: c.update(without_law={"a": 1}), "expected a mapping of labels to reasons"),
         (lambda c: c.update(fits=[]), "fits is ''; expected a list"),
         (lambda c: c["source"].update(convention="7ND"), "source.convention is '7ND'; expected"),
         (lambda c: c["source"].update(tables="a.csv"), "source.tables is 'a.csv'; expected a list"),

@@ -229,6 +229,27 @@ def test_what_a_fit_refuses(sizes: Path, tmp_path: Path, capsys: Capture) -> Non
     assert not law.exists()
 
 
+def test_a_label_without_a_law_does_not_cost_the_others_theirs(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    rows = size_study()
+    kept = dict.fromkeys(row["run"] for row in rows if row["objective"] == "masked")
+    few = [row for row in rows if row["objective"] == "ar" or row["run"] in list(kept)[:2]]
+    table, law = write_table(tmp_path / "few.csv", few), tmp_path / "law.json"
+    flags: dict[str, Any] = {"results": table, "law": "isoflop", "budgets": [1e18, 3e18]}
+    line = refused(capsys, "fit", **flags, by="objective", resamples=100, output=law)
+    assert "law.json holds the others and no law of objective masked: " in line
+    file = read_law(law)
+    assert [fit.label for fit in file.fits] == ["ar"]
+    assert line.endswith(f"masked: {file.without_law['masked']}")
+    answer = tmp_path / "plan.json"
+    asked: dict[str, Any] = {"unique_tokens": 1e12, "flops": 1e19, "laws": law, "output": answer}
+    assert scaling("recommend", **asked) == 0
+    assert f"masked: no law in {law}" in " ".join(capsys.readouterr().out.split())
+    (missing,) = json.loads(answer.read_text())["without_law"]
+    assert missing == f"masked: no law in {law} ({file.without_law['masked']})"
+
+
 def fresh(folder: Path) -> Path:
     rows = [dict(row, unique_tokens=int(1e15)) for row in size_study()]
     return write_table(folder / "fresh.csv", rows)
