@@ -68,6 +68,7 @@ def parse(config_class: type[T], argv: Sequence[str], prog: str) -> T:
     """
     leaves = leaf_types(config_class)
     names, arguments = _split_config_arguments(argv)
+    arguments = [_with_underscores(argument, leaves) for argument in arguments]
     if not {"-h", "--help"} & set(arguments):
         _check_flags(arguments, leaves)
     files = [_read_file(name, leaves) for name in names]
@@ -227,6 +228,14 @@ def _read_file(name: str, leaves: dict[str, Any]) -> _ConfigFile:
 
 def _flag_name(argument: str) -> str:
     return argument[2:].partition("=")[0].removesuffix("+")
+
+
+def _with_underscores(argument: str, leaves: dict[str, Any]) -> str:
+    """--unique-tokens is --unique_tokens: Megatron's own flags are written with dashes."""
+    name = _flag_name(argument)
+    written = name.replace("-", "_")
+    is_meant = argument.startswith("--") and name not in leaves and written in leaves
+    return argument.replace(name, written, 1) if is_meant else argument
 
 
 def _check_flags(arguments: Sequence[str], leaves: dict[str, Any]) -> None:

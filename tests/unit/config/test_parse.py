@@ -216,6 +216,17 @@ def test_lists_take_several_words_and_repeats() -> None:
     assert parse(TokenizerConfig, argv, prog="x").input == ["a b", "c"]
 
 
+def test_dashes_are_underscores_in_flags_and_nowhere_else() -> None:
+    config = parse_run("--train.global-batch-size", "64", "--optimizer.adam-beta2=0.9")
+    assert (config.train.global_batch_size, config.optimizer.adam_beta2) == (64, 0.9)
+    argv = ["--input", "a-b", "--output-dir", "d-e", "--input=c-d"]
+    found = parse(TokenizerConfig, argv, prog="x")
+    assert (found.input, found.output_dir) == (["a-b", "c-d"], "d-e")
+    assert parse_run("--data.train", "{x-y/z: 1}").data.train == {"x-y/z": 1.0}
+    with pytest.raises(ValueError, match="unknown flag --train.global-batch-sizes; did you mean"):
+        parse_run("--train.global-batch-sizes", "64")
+
+
 def test_missing_required_value_is_named() -> None:
     with pytest.raises(ValueError, match=r"^output_dir is missing; give it as a --flag"):
         parse(TokenizerConfig, ["--input", "a"], prog="x")
