@@ -20,7 +20,6 @@ import uuid
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 
 from megatron_dlm.config.json_text import parse_json
 
@@ -71,12 +70,7 @@ class RunLock:
         self._heart.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._descriptor not in _held:  # a forked child: it is its parent's
             return
         assert self._heart is not None

@@ -7,7 +7,6 @@ import shlex
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from megatron_dlm.config.schema import LoggingConfig
 from megatron_dlm.training.console import ConsoleLog
@@ -65,12 +64,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -177,7 +177,7 @@ class _Side:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._writer.__exit__(*error)  # type: ignore[arg-type]
+        self._writer.__exit__(*error)
 
 
 def in_validation(text: str, fraction: float) -> bool:

@@ -9,7 +9,6 @@ import os
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -67,12 +66,7 @@ class ShardFiles:
     def __enter__(self) -> ShardFiles:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if not self._is_published:
             for suffix in (".bin.tmp", ".idx.tmp"):
                 Path(f"{self.prefix}{suffix}").unlink(missing_ok=True)
@@ -168,7 +162,7 @@ class ShardWriter:
             origin=origin,
         )
         manifest.write(self.prefix)
-        self._files.__exit__(None, None, None)  # and with it the lock
+        self._files.__exit__()  # and with it the lock
         return manifest
 
     def _index(self) -> Iterable[bytes | memoryview]:
@@ -183,13 +177,8 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._files.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._files.__exit__(*error)
 
 
 def index_header(dtype: np.dtype, *, num_sequences: int, num_documents: int) -> bytes:
