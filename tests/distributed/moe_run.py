@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_run import GLOBAL_BATCH, MASK_ID, SEED, VOCAB_SIZE, Layout, _micro_batches
+from opened import opened_model
+from tiny_run import Layout, micro_batches
 
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
@@ -25,52 +26,21 @@ def run_routers(
     precision: str = "fp32",
 ) -> dict[str, Any]:
     """Router metrics of every step, and the expert biases after it, by number of the layer."""
-    from megatron_dlm.models.build import build_model
     from megatron_dlm.models.moe_routers import routers_of
     from megatron_dlm.models.moe_statistics import metric_names
-    from megatron_dlm.objectives.build import build_objective
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
-    from megatron_dlm.training.metrics import Metrics
     from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
-    from megatron_dlm.training.step import Pass, train_step
+    from megatron_dlm.training.step import train_step
     from megatron_dlm.training.validate import validate
 
-    device = open_device("cpu")
-    with laid_out(where.parallel) as parallel:
-        seed_dropout(SEED, 0, parallel)
-        chunks = build_model(
-            model,
-            where.parallel,
-            objective,
-            precision=precision,
-            seed=SEED,
-            device=device,
-            parallel=parallel,
-        )
+    with opened_model(where.parallel, model, objective, precision=precision) as opened:
+        chunks, parallel = opened.chunks, opened.parallel
         wrapped = wrap_data_parallel(chunks, where.parallel, parallel)
         optimizer = build_optimizer(wrapped, OptimizerConfig(lr=1e-3), overlap_param_gather=False)
-        built = build_objective(
-            objective,
-            vocab_size=VOCAB_SIZE,
-            mask_token_id=MASK_ID,
-            batch_size=GLOBAL_BATCH,
-            training=True,
-        )
         names = metric_names(model)
-        setup = Pass(
-            chunks=wrapped,
-            objective=built,
-            seed=SEED,
-            stream=Stream.TRAINING,
-            device=device,
-            parallel=parallel,
-            metrics=Metrics((*built.metric_names, *names), device.torch_device),
-        )
+        setup = opened.pass_of(wrapped)
         steps, biases = [], []
         for step in range(num_steps):
-            batches = _micro_batches(where, parallel, step, model.seq_length, documents=False)
+            batches = micro_batches(where, parallel, step, model.seq_length, documents=False)
             if validated:
                 validate(dataclasses.replace(setup, stream=Stream.VALIDATION), batches)
             train_step(setup, optimizer, batches)

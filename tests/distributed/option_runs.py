@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_run import SEED, VOCAB_SIZE, Layout, _gather_gradients, _micro_batches, _shards
+from opened import VOCAB_SIZE, opened_model
+from tiny_run import Layout, gather_gradients, micro_batches, own_shards
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -90,41 +91,25 @@ def hiding_mask(sample_index: Tensor, length: int) -> Tensor:
 
 def run_options(where: Layout, model: ModelConfig, objective: ObjectiveConfig) -> dict[str, Any]:
     """Weights, gradients (see tiny_run) and logits of the slots that this rank scored."""
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
-    from megatron_dlm.training.metrics import Metrics
     from megatron_dlm.training.optimizer import wrap_data_parallel
-    from megatron_dlm.training.step import Pass, run_micro_batches
+    from megatron_dlm.training.step import run_micro_batches
 
-    device = open_device("cpu")
-    with laid_out(where.parallel) as parallel:
-        seed_dropout(SEED, 0, parallel)
-        chunks = build_model(
-            model,
-            where.parallel,
-            objective,
-            precision="fp32",
-            seed=SEED,
-            device=device,
-            parallel=parallel,
-        )
+    with opened_model(where.parallel, model, objective) as opened:
+        chunks, parallel = opened.chunks, opened.parallel
         for chunk in chunks:
             move_from_start(chunk, parallel)
-        weights = _shards(chunks, parallel, gradients=False)
+        weights = own_shards(chunks, parallel, gradients=False)
         wrapped = wrap_data_parallel(chunks, where.parallel, parallel)
         every = EverySlot(objective.attention)
-        metrics = Metrics(every.metric_names, device.torch_device)
-        setup = Pass(wrapped, every, SEED, Stream.TRAINING, device, parallel, metrics)
-        batches = _micro_batches(where, parallel, 0, model.seq_length, documents=False)
+        setup = opened.pass_of(wrapped, every)
+        batches = micro_batches(where, parallel, 0, model.seq_length, documents=False)
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         run_micro_batches(setup, batches, forward_only=False)
-        _gather_gradients(wrapped)
+        gather_gradients(wrapped)
         return {
             "weights": weights,
-            "gradients": _shards(chunks, parallel, gradients=True),
+            "gradients": own_shards(chunks, parallel, gradients=True),
             "logits": every.kept,
             "tensor_rank": parallel.tensor.rank,
         }
@@ -139,23 +124,12 @@ def logits_of(
     precision: str = "fp32",
 ) -> list[Tensor]:
     """fp32 [b, s, V] of one model on one rank, for every [b, s] of several_tokens."""
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
-
     alone = ParallelConfig()
-    with laid_out(alone) as parallel, torch.no_grad():
-        seed_dropout(SEED, 0, parallel)
-        [chunk] = build_model(
-            model,
-            alone,
-            objective,
-            precision=precision,
-            seed=SEED,
-            device=open_device(device),
-            parallel=parallel,
-        )
+    with (
+        opened_model(alone, model, objective, precision=precision, device=device) as opened,
+        torch.no_grad(),
+    ):
+        chunk, parallel = opened.chunk, opened.parallel
         move_from_start(chunk, parallel)
         found = []
         for tokens in several_tokens:
@@ -172,7 +146,7 @@ def logits_of(
 @torch.no_grad()
 def move_from_start(chunk: Any, parallel: Any) -> None:
     """Add noise to what begins as zeros or ones, the same on every layout: gains, biases, sinks."""
-    for shard in _own_shards(chunk, parallel):
+    for shard in _shards_of(chunk, parallel):
         if not shard.key.endswith(("norm.weight", "norm_weight", "bias", "sink_key", "sink_value")):
             continue
         whole = np.random.default_rng(zlib.crc32(shard.key.encode())).normal(
@@ -187,7 +161,7 @@ def move_from_start(chunk: Any, parallel: Any) -> None:
         shard.data.add_(0.2 * noise.to(shard.data))
 
 
-def _own_shards(chunk: Any, parallel: Any) -> Iterator[Any]:
+def _shards_of(chunk: Any, parallel: Any) -> Iterator[Any]:
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
     from megatron_dlm.models.build import sharding_metadata

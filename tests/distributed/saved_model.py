@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from opened import opened_model
 
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
@@ -55,23 +56,10 @@ def save_in_ranks(
     """One checkpoint of step 3 under `run`, as training saves it; runs inside the ranks."""
     from megatron_dlm.checkpoint.state import TrainState, model_state
     from megatron_dlm.checkpoint.store import Checkpointed, CheckpointStore
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
     from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
 
-    with laid_out(parallel_config) as parallel:
-        seed_dropout(0, 0, parallel)
-        chunks = build_model(
-            model,
-            parallel_config,
-            objective,
-            precision=precision,
-            seed=0,
-            device=open_device("cpu"),
-            parallel=parallel,
-        )
+    with opened_model(parallel_config, model, objective, precision=precision, seed=0) as opened:
+        chunks, parallel = opened.chunks, opened.parallel
         _fill(model_state(chunks, parallel))
         wrapped = wrap_data_parallel(chunks, parallel_config, parallel)
         optimizer = build_optimizer(wrapped, OptimizerConfig(), overlap_param_gather=False)
@@ -96,24 +84,14 @@ def megatron_logits(path: Path, tokens: np.ndarray, precision: str = "fp32") -> 
     """Logits [b, s, vocab_size] of Megatron's model, loaded by Megatron; runs inside one rank."""
     from megatron_dlm.checkpoint.find import find_checkpoint, model_of
     from megatron_dlm.checkpoint.store import load_weights
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
 
     checkpoint = find_checkpoint(path)
     model, objective = model_of(checkpoint)
-    with laid_out(ParallelConfig()) as parallel, torch.no_grad():
-        seed_dropout(0, 0, parallel)
-        (chunk,) = build_model(
-            model,
-            ParallelConfig(),
-            objective,
-            precision=precision,
-            seed=1,
-            device=open_device("cpu"),
-            parallel=parallel,
-        )
+    with (
+        opened_model(ParallelConfig(), model, objective, precision=precision, seed=1) as opened,
+        torch.no_grad(),
+    ):
+        chunk, parallel = opened.chunk, opened.parallel
         load_weights(checkpoint, [chunk], parallel)
         rows = torch.from_numpy(tokens)
         positions = torch.arange(rows.shape[1]).expand_as(rows)

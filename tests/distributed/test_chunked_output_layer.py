@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from opened import MASK_ID, VOCAB_SIZE, opened_model
 from rank_pool import RankPool
-from tiny_run import MASK_ID, SEED, VOCAB_SIZE, layout, model_config
+from tiny_run import layout, model_config
 from torch import Tensor
 
-from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.models.output_layer import chunked_loss
 from megatron_dlm.ops.mixture_loss import mixture_divergences
@@ -21,24 +21,12 @@ NUM_MICRO_BATCHES = 2
 
 def losses(parallel_config: ParallelConfig, tied: bool, precision: str, num_slots: int) -> Any:
     """Per way: loss and other sums of all micro-batches, and the gradients of this rank."""
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
     from megatron_dlm.training.optimizer import wrap_data_parallel
 
-    with laid_out(parallel_config) as parallel:
-        seed_dropout(SEED, 0, parallel)
-        chunks = build_model(
-            model_config(hidden_size=WIDTH, untie_embeddings_and_output_weights=not tied),
-            parallel_config,
-            ObjectiveConfig(),
-            precision=precision,
-            seed=SEED,
-            device=open_device("cpu"),
-            parallel=parallel,
-        )
-        [wrapped] = wrap_data_parallel(chunks, parallel_config, parallel)
+    model = model_config(hidden_size=WIDTH, untie_embeddings_and_output_weights=not tied)
+    with opened_model(parallel_config, model, precision=precision) as opened:
+        parallel = opened.parallel
+        [wrapped] = wrap_data_parallel(opened.chunks, parallel_config, parallel)
         return {
             chunk_rows: _run(wrapped, parallel, chunk_rows, num_slots)
             for chunk_rows in (None, 1, 5, 1000)

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from opened import opened_model
 from rank_pool import RankPool
 from resume_run import write_shards
 from test_invariance import MODELS, check_equal, reference, run
 from test_model_options import PATTERNS, compare
 from test_resume import check_metrics, final_tensors, killed_after_five, train
-from tiny_run import LAYOUTS, SEED, model_config
+from tiny_run import LAYOUTS, model_config
 from torch import Tensor
 
-from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.parallel import ParallelConfig
 
 CP2 = ["--parallel.context_parallel_size=2"]
@@ -100,23 +100,8 @@ def test_exchanges_and_their_gradients(ranks: RankPool, size: int) -> None:
 
 def communication(parallel_config: ParallelConfig) -> list[bool]:
     """Whether each layer trades slots for heads."""
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
-
-    with laid_out(parallel_config) as parallel:
-        seed_dropout(SEED, 0, parallel)
-        [chunk] = build_model(
-            model_config(),
-            parallel_config,
-            ObjectiveConfig(),
-            precision="fp32",
-            seed=SEED,
-            device=open_device("cpu"),
-            parallel=parallel,
-        )
-        layers = chunk.decoder.layers
+    with opened_model(parallel_config, model_config()) as opened:
+        layers = opened.chunk.decoder.layers
         return [layer.self_attention.core_attention.trades_slots_for_heads for layer in layers]
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from opened import opened_model
 from rank_pool import RankPool
-from tiny_run import Layout, _shards, assemble, layout, model_config, run_layout
+from tiny_run import Layout, assemble, layout, model_config, own_shards, run_layout
 
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
@@ -54,25 +55,11 @@ COMPLETEP_MODEL = model_config(
 
 def completep_weights(where: Layout) -> dict[str, Any]:
     """This rank's shards of a model that starts as CompleteP says."""
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
 
     optimizer = OptimizerConfig(parametrization="completep", bulk_init_scale=0.8)
-    with laid_out(where.parallel) as parallel:
-        seed_dropout(0, 0, parallel)
-        chunks = build_model(
-            COMPLETEP_MODEL,
-            where.parallel,
-            ObjectiveConfig(),
-            precision="fp32",
-            seed=5,
-            device=open_device("cpu"),
-            parallel=parallel,
-            optimizer=optimizer,
-        )
-        return {"initial": _shards(chunks, parallel, gradients=False)}
+    with opened_model(where.parallel, COMPLETEP_MODEL, seed=5, optimizer=optimizer) as opened:
+        chunks, parallel = opened.chunks, opened.parallel
+        return {"initial": own_shards(chunks, parallel, gradients=False)}
 
 
 def test_completep(ranks: RankPool) -> None:

@@ -8,23 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from opened import GLOBAL_BATCH, VOCAB_SIZE
 from option_runs import assemble_logits, hiding_mask, logits_of, run_options, twofold
 from rank_pool import RankPool
 from reference_model import reference_logits
 from resume_run import write_shards
 from test_invariance import check_equal
 from test_resume import TP2_PP2, check_metrics, final_tensors, killed_after_five, train
-from tiny_run import (
-    GLOBAL_BATCH,
-    LAYOUTS,
-    VOCAB_SIZE,
-    Layout,
-    assemble,
-    layout,
-    model_config,
-    run_layout,
-    token_batch,
-)
+from tiny_run import LAYOUTS, Layout, assemble, layout, model_config, run_layout, token_batch
 from torch import Tensor
 
 from megatron_dlm.config.architecture import ModelConfig

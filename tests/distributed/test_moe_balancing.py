@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from opened import SEED, opened_model
 from rank_pool import RankPool
-from tiny_run import GLOBAL_BATCH, MASK_ID, SEED, VOCAB_SIZE, _micro_batches, layout, model_config
+from tiny_run import layout, micro_batches, model_config
 
 from megatron_dlm.config.moe import MoEConfig
 from megatron_dlm.config.objective import ObjectiveConfig
@@ -13,36 +14,15 @@ from megatron_dlm.ops.counter_rng import Stream
 
 def share_of(objective: ObjectiveConfig, num_ranks: int) -> set[float]:
     """Of every router of this rank, in a global batch of 8 times 16 tokens, 3 of them not valid."""
-    from megatron_dlm.models.build import build_model
     from megatron_dlm.models.moe_routers import routers_of
-    from megatron_dlm.objectives.build import build_objective
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
     from megatron_dlm.training.balancing import weigh_balancing_losses
 
     where = layout("any", num_ranks)
     model = model_config(moe=MoEConfig(num_experts=2, ffn_hidden_size=16, num_dense_layers=2))
-    device = open_device("cpu")
-    with laid_out(where.parallel) as parallel:
-        seed_dropout(SEED, 0, parallel)
-        chunks = build_model(
-            model,
-            where.parallel,
-            objective,
-            precision="fp32",
-            seed=SEED,
-            device=device,
-            parallel=parallel,
-        )
-        built = build_objective(
-            objective,
-            vocab_size=VOCAB_SIZE,
-            mask_token_id=MASK_ID,
-            batch_size=GLOBAL_BATCH,
-            training=True,
-        )
-        batches = _micro_batches(where, parallel, 0, model.seq_length, documents=False)
+    with opened_model(where.parallel, model, objective) as opened:
+        chunks, parallel = opened.chunks, opened.parallel
+        built = opened.built_objective()
+        batches = micro_batches(where, parallel, 0, model.seq_length, documents=False)
         weigh_balancing_losses(
             chunks, batches, built, seed=SEED, stream=Stream.TRAINING, parallel=parallel
         )

@@ -9,20 +9,10 @@ import pytest
 import torch
 from moe_reference import reference_loss
 from moe_run import gathered_biases, run_routers
+from opened import GLOBAL_BATCH, MASK_ID, SEED, VOCAB_SIZE
 from rank_pool import RankPool
 from test_invariance import check_equal
-from tiny_run import (
-    GLOBAL_BATCH,
-    MASK_ID,
-    SEED,
-    VOCAB_SIZE,
-    Layout,
-    assemble,
-    layout,
-    model_config,
-    run_layout,
-    token_batch,
-)
+from tiny_run import Layout, assemble, layout, model_config, run_layout, token_batch
 
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.moe import MoEConfig

@@ -6,21 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from opened import GLOBAL_BATCH, opened_model
 from rank_pool import RankPool
-from tiny_run import (
-    GLOBAL_BATCH,
-    MASK_ID,
-    SEED,
-    VOCAB_SIZE,
-    Layout,
-    layout,
-    model_config,
-    token_batch,
-)
+from tiny_run import Layout, layout, model_config, token_batch
 
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.moe import MoEConfig
-from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import LoggingConfig, OptimizerConfig
 from megatron_dlm.training.histogram import EDGES
 
@@ -38,30 +29,12 @@ LAYOUTS = [
 
 def inspect_layout(where: Layout, model: ModelConfig) -> dict[str, Any]:
     """What an inspection says before the first update, and the norm that the update reports."""
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.models.moe_statistics import metric_names
-    from megatron_dlm.objectives.build import build_objective
-    from megatron_dlm.ops.counter_rng import Stream
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
     from megatron_dlm.training.inspection import Inspection
-    from megatron_dlm.training.metrics import Metrics
     from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
-    from megatron_dlm.training.step import Pass, run_micro_batches
+    from megatron_dlm.training.step import run_micro_batches
 
-    device, objective = open_device("cpu"), ObjectiveConfig()
-    with laid_out(where.parallel) as parallel:
-        seed_dropout(SEED, 0, parallel)
-        chunks = build_model(
-            model,
-            where.parallel,
-            objective,
-            precision="fp32",
-            seed=SEED,
-            device=device,
-            parallel=parallel,
-        )
+    with opened_model(where.parallel, model) as opened:
+        chunks, parallel = opened.chunks, opened.parallel
         wrapped = wrap_data_parallel(chunks, where.parallel, parallel)
         # Clipped hard: the norms are those before clipping.
         optimizer = build_optimizer(
@@ -69,22 +42,7 @@ def inspect_layout(where: Layout, model: ModelConfig) -> dict[str, Any]:
             OptimizerConfig(clip_grad=1e-3),
             overlap_param_gather=where.parallel.overlap_param_gather,
         )
-        built = build_objective(
-            objective,
-            vocab_size=VOCAB_SIZE,
-            mask_token_id=MASK_ID,
-            batch_size=GLOBAL_BATCH,
-            training=True,
-        )
-        setup = Pass(
-            chunks=wrapped,
-            objective=built,
-            seed=SEED,
-            stream=Stream.TRAINING,
-            device=device,
-            parallel=parallel,
-            metrics=Metrics((*built.metric_names, *metric_names(model)), device.torch_device),
-        )
+        setup = opened.pass_of(wrapped)
         logging = LoggingConfig(
             interval_steps=1, norms_interval_steps=2, histogram_interval_steps=4
         )

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opened import opened_model
 from rank_pool import RankPool
 from resume_run import write_shards
 from test_resume import TP2_PP2, check_metrics, killed_after_five, train
-from tiny_run import SEED, Layout, layout, model_config
+from tiny_run import Layout, layout, model_config
 
-from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 
 MASTER = "optimizer.state.param."
@@ -52,23 +52,10 @@ def saved_state(where: Layout, model: Any) -> dict[str, Any]:
     import torch
 
     from megatron_dlm.checkpoint.state import model_state, optimizer_parts, optimizer_state
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
     from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
 
-    with laid_out(where.parallel) as parallel:
-        seed_dropout(0, 0, parallel)
-        chunks = build_model(
-            model,
-            where.parallel,
-            ObjectiveConfig(),
-            precision="fp32",
-            seed=SEED,
-            device=open_device("cpu"),
-            parallel=parallel,
-        )
+    with opened_model(where.parallel, model) as opened:
+        chunks, parallel = opened.chunks, opened.parallel
         with torch.no_grad():  # gains all begin as ones, biases as zeros
             for chunk in chunks:
                 for name, parameter in chunk.named_parameters():

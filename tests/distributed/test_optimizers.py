@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from opened import opened_model
 from rank_pool import RankPool
 from resume_run import checkpoint_tensors, train_in_ranks, write_shards
 from tiny_run import Layout, layout, model_config
 
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.moe import MoEConfig
-from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.optimizer import OptimizerConfig
 
 LR, DECAY = 0.3, 0.25
@@ -38,27 +38,14 @@ def one_update(
     where: Layout, optimizer_config: OptimizerConfig, model: ModelConfig = MODEL
 ) -> dict[str, Any]:
     """Settings of the groups, and every parameter before and after an update with gradient 1."""
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
     from megatron_dlm.training.optimizer import (
         build_optimizer,
         set_learning_rate,
         wrap_data_parallel,
     )
 
-    with laid_out(where.parallel) as parallel:
-        seed_dropout(0, 0, parallel)
-        chunks = build_model(
-            model,
-            where.parallel,
-            ObjectiveConfig(),
-            precision="fp32",
-            seed=1,
-            device=open_device("cpu"),
-            parallel=parallel,
-        )
+    with opened_model(where.parallel, model, seed=1) as opened:
+        chunks, parallel = opened.chunks, opened.parallel
         wrapped = wrap_data_parallel(chunks, where.parallel, parallel)
         optimizer = build_optimizer(wrapped, optimizer_config, overlap_param_gather=False)
         set_learning_rate(optimizer, LR)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
+from opened import SEED, VOCAB_SIZE, opened_model
 from rank_pool import RankPool
-from tiny_run import SEED, VOCAB_SIZE, made_up_documents, model_config
+from tiny_run import made_up_documents, model_config
 from torch import Tensor
 
 from megatron_dlm.config.architecture import ModelConfig
@@ -71,20 +71,14 @@ def run_model(
     precision: str = "fp32",
 ) -> Outcome:
     """One rank. how: `packed` (all documents at once), `alone` (one by one) or `crossing`."""
-    from megatron_dlm.models.build import build_model
     from megatron_dlm.models.packed import packed_sequences
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
 
-    options: dict[str, Any] = {"precision": precision, "device": open_device(device)}
     tokens, document = batch[0].to(device), batch[1]
     positions = torch.zeros_like(tokens)  # rotary embeddings do not read them
-    with laid_out(ParallelConfig()) as parallel:
-        seed_dropout(SEED, 0, parallel)
-        [chunk] = build_model(
-            model, ParallelConfig(), objective, parallel=parallel, seed=SEED, **options
-        )
+    with opened_model(
+        ParallelConfig(), model, objective, precision=precision, device=device
+    ) as opened:
+        chunk = opened.chunk
         if how == "alone":
             places = [(slice(row, row + 1), slots) for row, slots in stretches(document)]
             logits = torch.cat([chunk(tokens[place], positions[place]) for place in places])

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from opened import opened_model
 from rank_pool import RankPool
 from tiny_run import Layout, assemble, layout, model_config, run_layout
 
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.moe import MoEConfig
 from megatron_dlm.config.objective import ObjectiveConfig
+from megatron_dlm.config.optimizer import OptimizerConfig
 
 MODEL = model_config()
 EXPERTS = model_config(
@@ -123,43 +125,21 @@ def test_deterministic_runs_repeat_bit_for_bit(ranks: RankPool) -> None:
 
 def bf16_gradients(in_fp32: bool) -> dict[str, Any]:
     """Kind and size of the gradient buffers of bf16 weights on DP2, and the reduced gradient."""
-    from tiny_run import SEED, _micro_batches
+    from tiny_run import micro_batches
 
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.objectives.build import build_objective
-    from megatron_dlm.ops.counter_rng import Stream
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
-    from megatron_dlm.training.metrics import Metrics
     from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
-    from megatron_dlm.training.step import Pass, train_step
+    from megatron_dlm.training.step import train_step
 
-    where, device = layout("", 2, grad_reduce_in_fp32=in_fp32), open_device("cpu")
-    with laid_out(where.parallel) as parallel:
-        seed_dropout(SEED, 0, parallel)
-        chunks = build_model(
-            MODEL,
-            where.parallel,
-            OBJECTIVE,
-            precision="bf16",
-            seed=SEED,
-            device=device,
-            parallel=parallel,
-        )
+    where = layout("", 2, grad_reduce_in_fp32=in_fp32)
+    with opened_model(where.parallel, MODEL, OBJECTIVE, precision="bf16") as opened:
+        chunks, parallel = opened.chunks, opened.parallel
         wrapped = wrap_data_parallel(chunks, where.parallel, parallel)
-        from megatron_dlm.config.optimizer import OptimizerConfig
-
         optimizer = build_optimizer(wrapped, OptimizerConfig(lr=1e-3), overlap_param_gather=False)
-        objective = build_objective(
-            OBJECTIVE, vocab_size=77, mask_token_id=76, batch_size=8, training=True
-        )
-        metrics = Metrics(objective.metric_names, device.torch_device)
-        setup = Pass(wrapped, objective, SEED, Stream.TRAINING, device, parallel, metrics)
-        batches = _micro_batches(where, parallel, 0, MODEL.seq_length, documents=False)
+        setup = opened.pass_of(wrapped)
+        batches = micro_batches(where, parallel, 0, MODEL.seq_length, documents=False)
         norm = train_step(setup, optimizer, batches)
         [buffer] = wrapped[0].buffers
-        return {"dtype": str(buffer.grad_dtype), "norm": norm, **metrics.reduce()}
+        return {"dtype": str(buffer.grad_dtype), "norm": norm, **setup.metrics.reduce()}
 
 
 def test_gradients_in_bf16(ranks: RankPool) -> None:

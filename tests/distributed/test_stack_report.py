@@ -2,57 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from opened import opened_model
 from rank_pool import RankPool
 from tiny_run import layout, model_config
 
 from megatron_dlm.config.moe import MoEConfig
-from megatron_dlm.config.objective import ObjectiveConfig
 
 MODEL = model_config(num_layers=2, recompute_granularity="selective", moe=MoEConfig(num_experts=2))
 WHERE = layout("", 2, overlap_grad_reduce=True, gradient_accumulation_fusion=True)
 
 
-def opened() -> dict[str, Any]:
-    from tiny_run import SEED, _micro_batches
+def report_and_marks() -> dict[str, Any]:
+    from tiny_run import micro_batches
 
     from megatron_dlm.config.optimizer import OptimizerConfig
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.objectives.build import build_objective
     from megatron_dlm.ops.counter_rng import Stream
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
-    from megatron_dlm.training.metrics import Metrics
     from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
     from megatron_dlm.training.stack_report import stack_report
-    from megatron_dlm.training.step import Pass, run_micro_batches
+    from megatron_dlm.training.step import run_micro_batches
 
-    device = open_device("cpu")
-    with laid_out(WHERE.parallel) as parallel:
-        seed_dropout(SEED, 0, parallel)
-        chunks = build_model(
-            MODEL,
-            WHERE.parallel,
-            ObjectiveConfig(),
-            precision="bf16",
-            seed=SEED,
-            device=device,
-            parallel=parallel,
-        )
+    with opened_model(WHERE.parallel, MODEL, precision="bf16") as opened:
+        chunks, parallel = opened.chunks, opened.parallel
         wrapped = wrap_data_parallel(chunks, WHERE.parallel, parallel)
         optimizer = build_optimizer(wrapped, OptimizerConfig(), overlap_param_gather=False)
         report = stack_report(
-            chunks=wrapped, optimizer=optimizer, device=device, loss_chunk_slots=64
+            chunks=wrapped, optimizer=optimizer, device=opened.device, loss_chunk_slots=64
         )
-        objective = build_objective(
-            ObjectiveConfig(), vocab_size=77, mask_token_id=76, batch_size=8, training=True
-        )
-        metrics = Metrics(objective.metric_names, device.torch_device)
-        setup = Pass(wrapped, objective, SEED, Stream.VALIDATION, device, parallel, metrics)
+        setup = replace(opened.pass_of(wrapped), stream=Stream.VALIDATION)
         seen = _first_pass_marks(chunks[0])
-        batches = _micro_batches(WHERE, parallel, 0, MODEL.seq_length, documents=False)
+        batches = micro_batches(WHERE, parallel, 0, MODEL.seq_length, documents=False)
         run_micro_batches(setup, batches, forward_only=True)
         run_micro_batches(setup, batches, forward_only=True)
         return {"report": report, "marks": seen, "passes": len(batches)}
@@ -74,7 +55,7 @@ def _first_pass_marks(chunk: Any) -> list[bool]:
 
 
 def test_report_and_marks(ranks: RankPool) -> None:
-    found = ranks.run(opened, num_ranks=2)[0]
+    found = ranks.run(report_and_marks, num_ranks=2)[0]
     # Validation too begins with new weights: its first pass must not use FP8 copies of old ones.
     assert found["marks"] == [True, *[False] * (found["passes"] - 1)] * 2
     assert found["passes"] > 1

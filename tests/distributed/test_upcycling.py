@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from opened import opened_model
 from rank_pool import RankPool
 from resume_run import checkpoint_tensors, write_shards
 from saved_model import TP2_PP2, masked, megatron_logits, save_in_ranks, some_tokens, tiny_model
@@ -140,18 +141,9 @@ def test_routers_are_those_of_a_new_model(ranks: RankPool, dense_run: Path, tmp_
 
 
 def router_of_a_new_model(model: Any, name: str) -> np.ndarray:
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
-
-    with laid_out(ParallelConfig()) as parallel:
-        seed_dropout(0, 0, parallel)
-        (chunk,) = build_model(
-            model, ParallelConfig(), masked(model), precision="fp32", seed=7,
-            device=open_device("cpu"), parallel=parallel,
-        )  # fmt: skip
-        return dict(chunk.named_parameters())[name].detach().numpy()
+    with opened_model(ParallelConfig(), model, masked(model), seed=7) as opened:
+        weights = dict(opened.chunk.named_parameters())
+        return weights[name].detach().numpy()
 
 
 def test_training_goes_on_at_any_number_of_expert_ranks(ranks: RankPool, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from opened import GLOBAL_BATCH, SEED, VOCAB_SIZE, opened_model
 
 from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.objective import ObjectiveConfig
@@ -16,8 +17,6 @@ from megatron_dlm.config.parallel import ParallelConfig
 from megatron_dlm.config.schema import OptimizerConfig
 from megatron_dlm.ops.batch import TokenBatch
 from megatron_dlm.ops.counter_rng import Stream
-
-VOCAB_SIZE, MASK_ID, GLOBAL_BATCH, SEED = 77, 76, 8, 11
 
 
 @dataclass(frozen=True)
@@ -120,29 +119,12 @@ def run_layout(
     documents: bool = False,
 ) -> dict[str, Any]:
     """Metrics and gradient norm of each step, noise and whole gradient of the first (this rank)."""
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.models.moe_statistics import metric_names
-    from megatron_dlm.objectives.build import build_objective
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
-    from megatron_dlm.training.metrics import Metrics
     from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
-    from megatron_dlm.training.step import Pass, run_micro_batches, train_step
+    from megatron_dlm.training.step import run_micro_batches, train_step
 
-    device = open_device("cpu")
-    with laid_out(where.parallel) as parallel:
-        seed_dropout(SEED, 0, parallel)
-        chunks = build_model(
-            model,
-            where.parallel,
-            objective,
-            precision="fp32",
-            seed=SEED,
-            device=device,
-            parallel=parallel,
-        )
-        initial = _shards(chunks, parallel, gradients=False)
+    with opened_model(where.parallel, model, objective) as opened:
+        chunks, parallel = opened.chunks, opened.parallel
+        initial = own_shards(chunks, parallel, gradients=False)
         wrapped = wrap_data_parallel(chunks, where.parallel, parallel)
         overlapped = where.parallel.overlap_param_gather
         # Adam's first updates have the size of lr even where a gradient is only rounding noise:
@@ -150,25 +132,9 @@ def run_layout(
         # be there (1e-8 here, -5e-8 under TP2, of at most 0.2): there eps lies above the noise.
         adam = OptimizerConfig(lr=1e-3, adam_eps=1e-6 if documents else 1e-8)
         optimizer = build_optimizer(wrapped, adam, overlap_param_gather=overlapped)
-        built = build_objective(
-            objective,
-            vocab_size=VOCAB_SIZE,
-            mask_token_id=MASK_ID,
-            batch_size=GLOBAL_BATCH,
-            training=True,
-        )
-        metrics = Metrics((*built.metric_names, *metric_names(model)), device.torch_device)
-        setup = Pass(
-            chunks=wrapped,
-            objective=built,
-            seed=SEED,
-            stream=Stream.TRAINING,
-            device=device,
-            parallel=parallel,
-            metrics=metrics,
-            loss_chunk_slots=where.loss_chunk_slots,
-        )
-        batches = _micro_batches(where, parallel, 0, model.seq_length, documents=documents)
+        setup = opened.pass_of(wrapped, loss_chunk_slots=where.loss_chunk_slots)
+        built, metrics = setup.objective, setup.metrics
+        batches = micro_batches(where, parallel, 0, model.seq_length, documents=documents)
         inputs = [built.prepare(batch, SEED, Stream.TRAINING) for batch in batches]
         noise = {
             int(index): (row.tolist(), weights.tolist())
@@ -181,11 +147,11 @@ def run_layout(
             chunk.zero_grad_buffer()
         run_micro_batches(setup, batches, forward_only=False)
         first = metrics.reduce()
-        _gather_gradients(wrapped)
-        gradients = _shards(chunks, parallel, gradients=True)
+        gather_gradients(wrapped)
+        gradients = own_shards(chunks, parallel, gradients=True)
         curve = []
         for step in range(num_steps):
-            batches = _micro_batches(where, parallel, step, model.seq_length, documents=documents)
+            batches = micro_batches(where, parallel, step, model.seq_length, documents=documents)
             grad_norm = train_step(setup, optimizer, batches)
             curve.append({**metrics.reduce(), "grad_norm": grad_norm})
     return {
@@ -197,7 +163,7 @@ def run_layout(
     }
 
 
-def _micro_batches(
+def micro_batches(
     where: Layout, parallel: Any, step: int, seq_length: int, *, documents: bool
 ) -> list[TokenBatch]:
     size, rank = parallel.data.size, parallel.data.rank
@@ -209,7 +175,7 @@ def _micro_batches(
     ]
 
 
-def _gather_gradients(wrapped: list[Any]) -> None:
+def gather_gradients(wrapped: list[Any]) -> None:
     """Undo the scatter of the distributed optimizer: every rank gets its shard's whole gradient."""
     for chunk in wrapped:
         for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
@@ -220,7 +186,7 @@ def _gather_gradients(wrapped: list[Any]) -> None:
                 dist.all_gather(shards, own, group=ranks)
 
 
-def _shards(
+def own_shards(
     chunks: list[Any], parallel: Any, *, gradients: bool
 ) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]:
     """(name, whole shape, offset, values) of every parameter shard of this rank."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from opened import opened_model
 from rank_pool import RankPool
 from sources import ROOT
 
@@ -21,7 +22,6 @@ from megatron_dlm.objectives.build import build_objective
 from megatron_dlm.objectives.hybrid import HybridObjective
 from megatron_dlm.objectives.masked import MaskedObjective
 from megatron_dlm.objectives.noise import SigmoidNoise, TimeNoise
-from megatron_dlm.ops.counter_rng import Stream
 
 CONFIGS = ROOT / "examples" / "configs"
 QUOKKA = sorted((CONFIGS / "quokka").glob("*.yaml"))
@@ -166,39 +166,23 @@ def test_the_smallest_of_gidd_trains_a_step(ranks: RankPool) -> None:
 
 def two_steps(config: RunConfig) -> tuple[int, list[float]]:
     """Parameters of the built model, and nelbo of one batch before and after an update on it."""
-    from megatron_dlm.models.build import build_model
     from megatron_dlm.ops.batch import TokenBatch
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
-    from megatron_dlm.training.metrics import Metrics
     from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
-    from megatron_dlm.training.step import Pass, train_step
+    from megatron_dlm.training.step import train_step
 
-    device = open_device("cpu")
     tokens = torch.arange(4 * 17).remainder(600).reshape(4, 17) + 4
     batch = TokenBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.arange(4))
-    with laid_out(config.parallel) as parallel:
-        seed_dropout(0, 0, parallel)
-        chunks = build_model(
-            config.model,
-            config.parallel,
-            config.objective,
-            precision="fp32",
-            seed=0,
-            device=device,
-            parallel=parallel,
-            optimizer=config.optimizer,
-        )
-        wrapped = wrap_data_parallel(chunks, config.parallel, parallel)
+    with opened_model(
+        config.parallel, config.model, config.objective, seed=0, optimizer=config.optimizer
+    ) as opened:
+        wrapped = wrap_data_parallel(opened.chunks, config.parallel, opened.parallel)
         optimizer = build_optimizer(
             wrapped, config.optimizer.for_batch(4), overlap_param_gather=True
         )
         training, _ = objectives_of(config)
-        metrics = Metrics(training.metric_names, device.torch_device)
-        setup = Pass(wrapped, training, 0, Stream.TRAINING, device, parallel, metrics)
+        setup = opened.pass_of(wrapped, training)
         losses = []
         for _ in range(2):
             train_step(setup, optimizer, [batch])
-            losses.append(metrics.reduce()["nelbo"])
-        return sum(weight.numel() for weight in chunks[0].parameters()), losses
+            losses.append(setup.metrics.reduce()["nelbo"])
+        return sum(weight.numel() for weight in opened.chunk.parameters()), losses

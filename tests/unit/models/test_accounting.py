@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from attention_reference import block_visible
+from opened import opened_model
 from rank_pool import RankPool
 from tiny_run import token_batch
 
@@ -60,23 +61,8 @@ def test_published_sizes(preset: str, total: float, non_embedding: float) -> Non
 
 def local_parameters(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Runs inside a rank: numbers that this rank really holds."""
-    from megatron_dlm.models.build import build_model
-    from megatron_dlm.runtime.device import open_device
-    from megatron_dlm.runtime.parallel import laid_out
-    from megatron_dlm.runtime.seeding import seed_dropout
-
-    with laid_out(parallel) as context:
-        seed_dropout(0, 0, context)
-        chunks = build_model(
-            model,
-            parallel,
-            ObjectiveConfig(),
-            precision="fp32",
-            seed=0,
-            device=open_device("cpu"),
-            parallel=context,
-        )
-        return sum(weight.numel() for chunk in chunks for weight in chunk.parameters())
+    with opened_model(parallel, model, seed=0) as opened:
+        return sum(weight.numel() for chunk in opened.chunks for weight in chunk.parameters())
 
 
 @pytest.mark.parametrize(
