@@ -268,15 +268,16 @@ def test_epochs() -> None:
             assert epochs == pytest.approx(1024 if study == "epochs_optimum" else 640, rel=1e-3)
 
 
-def test_the_noise_grid_has_the_rates_of_table_5() -> None:
+def test_the_noise_grid_is_the_released_list_of_runs() -> None:
     published = {
-        8: {0.2, 0.3},
+        8: {0.1, 0.2, 0.3},
         16: {0.2, 0.3, 0.5},
         32: {0.2, 0.3, 0.5},
         64: {0.3, 0.5, 1.0},
-        128: {0.5, 1.0},
+        128: {0.3, 0.5, 1.0},
         256: {0.5, 1.0},
         512: {0.5, 1.0, 2.0},
+        1024: {1.0, 2.0},
     }
     configs = configs_of("noise_grid").values()
     found: dict[int, set[float]] = {}
@@ -288,7 +289,10 @@ def test_the_noise_grid_has_the_rates_of_table_5() -> None:
         assert beta2 == (0.98 if batch >= 256 else 0.99)
         assert config.schedule.kind == "constant"
     assert found == published
-    assert len(configs) == 450 == 5 * 5 * sum(map(len, published.values()))
+    pairs = sum(len(rates) for batch, rates in published.items() if batch < 1024)
+    assert len(configs) == 510 == 5 * 5 * pairs + 5 * len(published[1024])
+    large = [config for config in configs if config.train.global_batch_size == 1024]
+    assert {config.model.hidden_size for config in large} == {1536}
     assert len({config.objective.noise_type for config in configs}) == 5
     sizes = {round(count_parameters(config.model).non_embedding / 1e5) for config in configs}
     assert [size / 252 for size in sorted(sizes)] == pytest.approx(
@@ -312,12 +316,15 @@ def test_scaled_runs() -> None:
 
 
 def test_cooldown() -> None:
-    configs = configs_of("cooldown")
-    assert len(configs) == 54
-    assert {config.train.steps for config in configs.values()} == {100_000}
-    cooled = [config for config in configs.values() if config.train.start_from]
-    assert len(cooled) == 27
-    assert {rate_at(config, 100_000) for config in cooled} == {0.0}
+    configs = configs_of("cooldown").values()
+    assert len(configs) == 80
+    assert {steps_of(config) * config.train.global_batch_size for config in configs} == {2_048_000}
+    cooled = [config for config in configs if config.train.start_from]
+    assert len(cooled) == 40
+    assert {rate_at(config, steps_of(config)) for config in cooled} == {0.0}
+    for batch, rates in {16: {0.1, 0.2, 0.3, 0.5}, 256: {0.3, 0.5, 1.0, 2.0}}.items():
+        of_batch = [config for config in configs if config.train.global_batch_size == batch]
+        assert {config.optimizer.lr for config in of_batch} == rates
 
 
 def test_the_toys_keep_the_epochs() -> None:

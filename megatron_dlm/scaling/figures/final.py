@@ -22,8 +22,9 @@ from megatron_dlm.scaling.figures.families import (
     members_of,
     refuse_twins,
 )
-from megatron_dlm.scaling.figures.final_picture import draw_scores
+from megatron_dlm.scaling.figures.final_picture import draw_scores, score_name
 from megatron_dlm.scaling.figures.final_tables import Table, table_of
+from megatron_dlm.scaling.figures.ratios import over_twins
 from megatron_dlm.scaling.figures.scales import Scale
 from megatron_dlm.scaling.figures.scores import Line, Score, Scores, X, lines_of, score_of
 from megatron_dlm.scaling.figures.style import axis_name, save
@@ -45,6 +46,9 @@ class FinalSpec(Grouping):
     """best: the lowest of a run, as early stopping would keep it; last: at its end."""
     reference: Mapping[str, str] = field(default_factory=dict)
     """Axis -> label of runs that have no x of their own: drawn as a horizontal line."""
+    over: Mapping[str, str] = field(default_factory=dict)
+    """Axis -> label: every score is divided by that of the run with this label and otherwise the
+    same, which is not drawn itself."""
     x_scale: Scale = "auto"
     """auto: in logarithms where x spans more than a factor of 10."""
     highest: float | None = None
@@ -52,13 +56,16 @@ class FinalSpec(Grouping):
 
     def __post_init__(self) -> None:
         require(self.x != "", "x is missing; give a column with a number, or an axis")
+        require(not (self.over and self.reference), "over and reference exclude each other")
+        require(self.x not in self.over, f"x is {self.x}, which over holds fixed")
 
     def check(self, study: Study) -> None:
         """Raise ValueError, which names the key, for what the study does not have."""
         super().check(study)
-        for axis, label in self.reference.items():
-            check_axis(study, "reference", axis)
-            check_label(study, "reference", axis, label)
+        for key, labels in (("reference", self.reference), ("over", self.over)):
+            for axis, label in labels.items():
+                check_axis(study, key, axis)
+                check_label(study, key, axis, label)
 
 
 def draw(spec: FinalSpec, results: Results, study: Study, stem: Path) -> Drawn:
@@ -72,15 +79,20 @@ def draw(spec: FinalSpec, results: Results, study: Study, stem: Path) -> Drawn:
         _check_numbers(results, spec.x)
     results.check_columns(spec.metric)
     chosen, left_out = _with_score(members_of(results, study, spec), spec, is_axis=is_axis)
-    members = [member for member in chosen if not _is_reference(member, spec)]
+    ratios, without_twin = _ratios(chosen, study, spec)
+    members = [
+        member
+        for member in chosen
+        if not _is_reference(member, spec) and (ratios is None or member.run in ratios)
+    ]
     references = [member for member in chosen if _is_reference(member, spec)]
     if not members:
         raise ValueError(
             f"{results.source}: no run has a finite {spec.metric} and {spec.x}; "
             "run the study further"
         )
-    scores = _scores(spec, study, members, references)
-    table = table_of(scores, spec.x, is_axis=is_axis)
+    scores = _scores(spec, study, members, references, ratios)
+    table = table_of(scores, spec.x, is_axis=is_axis, is_ratio=ratios is not None)
     order = study.labels_of(spec.x) if is_axis else ()
     present = {str(point.x) for line in scores.lines for point in line.points}
     order = tuple(label for label in order if label in present)
@@ -92,10 +104,10 @@ def draw(spec: FinalSpec, results: Results, study: Study, stem: Path) -> Drawn:
         interval_note([len(point.scores) for point in scores.points]),
         *table.notes,
         *left_out,
+        *without_twin,
         *_hidden_note(scores, spec),
     )
-    kind = "lowest" if spec.score == "best" else spec.score
-    title = f"{study.name}: {kind} {axis_name(spec.metric)} against {axis_name(spec.x)}"
+    title = f"{study.name}: {score_name(spec)} against {axis_name(spec.x)}"
     return Drawn(files, title, table.header, table.rows, notes)
 
 
@@ -147,8 +159,27 @@ def _is_reference(member: Member, spec: FinalSpec) -> bool:
     )
 
 
+def _ratios(
+    members: Sequence[Member], study: Study, spec: FinalSpec
+) -> tuple[dict[str, float] | None, tuple[str, ...]]:
+    """Run -> its score over its twin's where the keys ask for that, and what to say of others."""
+    if not spec.over:
+        return None, ()
+    return over_twins(members, study, spec.over, lambda member: _score(member, spec))
+
+
+def _score(member: Member, spec: FinalSpec) -> float:
+    value = score_of(member, spec.metric, spec.score)
+    assert value is not None, "runs without one are left out before"
+    return value
+
+
 def _scores(
-    spec: FinalSpec, study: Study, members: Sequence[Member], references: Sequence[Member]
+    spec: FinalSpec,
+    study: Study,
+    members: Sequence[Member],
+    references: Sequence[Member],
+    ratios: Mapping[str, float] | None,
 ) -> Scores:
     def place(member: Member) -> X:
         if spec.x in study.axes:
@@ -158,9 +189,7 @@ def _scores(
         return value
 
     def score(member: Member) -> float:
-        value = score_of(member, spec.metric, spec.score)
-        assert value is not None, "runs without one are left out before"
-        return value
+        return _score(member, spec) if ratios is None else ratios[member.run]
 
     refuse_twins(members, study, lambda m: (m.panel, m.line, m.seed, place(m)))
     refuse_twins(references, study, lambda m: (m.panel, m.seed))

@@ -31,6 +31,8 @@ class Keys(Protocol):
     @property
     def score(self) -> Score: ...
     @property
+    def over(self) -> Mapping[str, str]: ...
+    @property
     def x_scale(self) -> Scale: ...
     @property
     def highest(self) -> float | None: ...
@@ -60,11 +62,19 @@ def draw_scores(
         if panel:
             axes.set_title(panel)
     _share_y(places)
-    kind = "lowest" if keys.score == "best" else "last"
     figure.supxlabel(axis_name(keys.x), fontsize=10)
-    figure.supylabel(f"{kind} {axis_name(keys.metric)}", fontsize=10)
+    figure.supylabel(score_name(keys), fontsize=10)
     legend_above(figure, places)
     return figure
+
+
+def score_name(keys: Keys) -> str:
+    """What the scores are, with their unit; a ratio has none."""
+    kind = "lowest" if keys.score == "best" else "last"
+    name = axis_name(keys.metric)
+    if keys.over:
+        return f"{kind} {name.partition(' [')[0]} over that of {' '.join(keys.over.values())}"
+    return f"{kind} {name}"
 
 
 def _place(point: Point, order: Sequence[str], shift: float) -> float:

@@ -9,6 +9,7 @@ from megatron_dlm.scaling.basins import Basin, find_basin
 from megatron_dlm.scaling.figures.drawn import in_short
 from megatron_dlm.scaling.figures.families import in_words
 from megatron_dlm.scaling.figures.potential import potential_at
+from megatron_dlm.scaling.figures.ratios import ratio_rows
 from megatron_dlm.scaling.figures.scales import short_tick
 from megatron_dlm.scaling.figures.scores import Line, Scores, X
 from megatron_dlm.scaling.figures.style import axis_name
@@ -28,8 +29,10 @@ class Table:
     """Panel and line -> x of the lowest point; empty where x has no best value."""
 
 
-def table_of(scores: Scores, x: str, *, is_axis: bool) -> Table:
-    """The table that fits x: an axis, unique tokens, or any other number."""
+def table_of(scores: Scores, x: str, *, is_axis: bool, is_ratio: bool = False) -> Table:
+    """The table that fits x: an axis, unique tokens, or any other number; or one of ratios."""
+    if is_ratio:
+        return Table(("panel", "line", axis_name(x), "pairs", "ratio"), ratio_rows(scores))
     if is_axis:
         return _label_table(scores, x)
     if x in _UNIQUE:

@@ -77,6 +77,67 @@ def test_learning_rate_basins_and_their_shift(tmp_path: Path) -> None:
     assert set(COLORS[:3]) <= colors_in(tmp_path / "lr.png")
 
 
+def test_ratios_of_pairs(tmp_path: Path) -> None:
+    """Constant over cooldown is 1.02 at the small rate and 1.03 at the large one, by seed 0.01."""
+    gain = {"x1": 1.02, "x4": 1.03}
+
+    def score(place: Any) -> float:
+        cooled = 3 + 0.1 * math.log2(place["optimizer.lr"] / 1e-3)
+        factor = gain[place["rate"]] * (1 + SHIFT[place["seed"]])
+        return cooled * (factor if place["schedule"] == "constant" else 1)
+
+    rates = {name: RATES[name] for name in gain}
+    axes = {"schedule": labels("constant", "cooldown"), "rate": rates, "seed": SEEDS}
+    study, results = made_study(axes, ending_at(score))
+    spec = FinalSpec(x="optimizer.lr", over={"schedule": "cooldown"})
+    spec.check(study)
+    drawn = draw(spec, results, study, tmp_path / "f")
+    rows = [row for row in table(drawn) if row["learning rate"] != "all"]
+    assert [row["learning rate"] for row in rows] == ["1e-3", "4e-3"]
+    for row, value in zip(rows, gain.values(), strict=True):
+        assert (row["pairs"], row["ratio"].split()[0]) == ("3", f"{value:.4f}")
+    [every] = [row for row in table(drawn) if row["learning rate"] == "all"]
+    assert (every["pairs"], every["ratio"].split()[0]) == ("6", "1.0250")
+    assert drawn.title.endswith(
+        "lowest validation loss over that of cooldown against learning rate"
+    )
+    values = [float(row["nelbo"]) for row in numbers(tmp_path / "f.csv")]
+    assert values == pytest.approx(list(gain.values()), rel=1e-9)
+    assert COLORS[0] in colors_in(tmp_path / "f.png")
+
+
+def test_runs_without_a_twin_are_left_out_and_named(tmp_path: Path) -> None:
+    axes = {"noise": labels("masked", "uniform"), "rate": {n: RATES[n] for n in ("x1", "x4")}}
+
+    def score(place: Any) -> list[dict[str, Any]]:
+        is_missing = (place["noise"], place["rate"]) == ("masked", "x4")
+        return [] if is_missing else ending_at(lambda _: 3.0)(place)
+
+    study, results = made_study(axes, score)
+    spec = FinalSpec(x="rate", over={"noise": "masked"})
+    drawn = draw(spec, results, study, tmp_path / "f")
+    assert [row["ratio"] for row in table(drawn)] == ["1.0000"]
+    assert note_with(drawn, "without a twin") == "Left out, without a twin masked: uniform_x4."
+    alone = FinalSpec(x="rate", over={"noise": "masked"}, only={"rate": ("x4",)})
+    with pytest.raises(ValueError, match="no run has a finished twin with masked"):
+        draw(alone, results, study, tmp_path / "g")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"x": "rate", "over": {"rate": "x1"}}, "x is rate, which over holds fixed"),
+        (
+            {"x": "rate", "over": {"noise": "a"}, "reference": {"noise": "b"}},
+            "over and reference exclude each other",
+        ),
+    ],
+)
+def test_ratios_that_mean_nothing_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FinalSpec(**keys)
+
+
 def test_an_optimum_at_the_edge_is_told(tmp_path: Path) -> None:
     axes = {"width": labels("d32", "d64"), "rate": RATES}
     at = {"d32": 8e-3, "d64": 1.0}
