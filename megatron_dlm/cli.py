@@ -209,6 +209,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments[1:] else 2
     name, rest = split_command(arguments)
     try:
+        return _run(name, rest)
+    except KeyboardInterrupt:
+        print(f"megatron-dlm {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, rest: list[str]) -> int:
+    """The exit status of one command."""
+    try:
         config = _configure(name, rest)
     except (ValueError, OSError) as error:
         # Every rank sees the same configuration: one of them speaks.
@@ -305,7 +314,10 @@ def _refuse(name: str, error: ValueError | OSError, *, is_speaker: bool) -> int:
     else:
         rank = _rank()
         place = f" (rank {rank})" if rank else ""
-        message = " ".join(str(error).split())
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"  # without the number of the error
+        message = " ".join(text.split())
         print(f"megatron-dlm {name}{place}: error: {message}", file=sys.stderr)
     return 2
 

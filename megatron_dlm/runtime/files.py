@@ -7,13 +7,19 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write under a temporary name, flush to disk, then rename; an older file is replaced."""
+    """Write under a temporary name, flush to disk, then rename; an older file is replaced.
+
+    An OSError names the path, not the temporary name.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content.encode("utf-8") if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content.encode("utf-8") if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def flush_to_disk(path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import megatron_dlm
 from megatron_dlm import cli
+from megatron_dlm.runtime.files import write_whole
 
 ROOT = Path(megatron_dlm.__file__).parents[1]
 
@@ -125,12 +128,7 @@ def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def train_like_a_library(config: object) -> None:
         int("not a number")  # ValueError, raised in this module: not the user's
 
-    monkeypatch.setattr(cli, "CHECKS", {})
-    monkeypatch.setitem(cli.COMMANDS, "train", (*cli.COMMANDS["train"][:2], "x:y"))
-    load = cli._load
-    monkeypatch.setattr(
-        cli, "_load", lambda name: train_like_a_library if name == "x:y" else load(name)
-    )
+    train_with(monkeypatch, train_like_a_library)
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["train"])
 
@@ -141,12 +139,36 @@ def test_missing_file_while_running_is_a_user_error(
     def read_nothing(config: object) -> None:
         (tmp_path / "shard.bin").read_bytes()
 
-    monkeypatch.setattr(cli, "CHECKS", {})
-    monkeypatch.setitem(cli.COMMANDS, "train", (*cli.COMMANDS["train"][:2], "x:y"))
-    load = cli._load
-    monkeypatch.setattr(cli, "_load", lambda name: read_nothing if name == "x:y" else load(name))
+    train_with(monkeypatch, read_nothing)
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["train"]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("megatron-dlm train (rank 1): error: [Errno 2]")
-    assert "shard.bin" in message
+    expected = f"{tmp_path / 'shard.bin'}: No such file or directory"
+    assert message == f"megatron-dlm train (rank 1): error: {expected}\n"
+
+
+def test_a_place_that_cannot_be_written_is_named_as_it_was_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    train_with(monkeypatch, lambda config: write_whole(file / "law.json", "{}"))
+    assert cli.main(["train"]) == 2
+    expected = f"megatron-dlm train: error: {file / 'law.json'}: Not a directory\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_interrupted_is_a_line_and_status_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_with(monkeypatch, lambda config: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "megatron-dlm train: interrupted\n"
+
+
+def train_with(monkeypatch: pytest.MonkeyPatch, train: Callable[[object], None]) -> None:
+    """Let the command `train` be this function."""
+    monkeypatch.setattr(cli, "CHECKS", {})
+    monkeypatch.setitem(cli.COMMANDS, "train", (*cli.COMMANDS["train"][:2], "x:y"))
+    load = cli._load
+    monkeypatch.setattr(cli, "_load", lambda name: train if name == "x:y" else load(name))
