@@ -36,6 +36,12 @@ def is_list(annotation: Any) -> bool:
     return get_origin(annotation) is list
 
 
+def is_whole(annotation: Any) -> bool:
+    """Whether the value is an integer, and may not be another number."""
+    members = (annotation, *get_args(annotation))
+    return int in members and float not in members
+
+
 def is_mapping(annotation: Any) -> bool:
     """Whether the value is a mapping with keys of the user's own."""
     return get_origin(annotation) is dict

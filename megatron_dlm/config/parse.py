@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
@@ -23,6 +24,7 @@ from megatron_dlm.config.keys import (
     in_words,
     is_list,
     is_mapping,
+    is_whole,
     leaf_types,
     suggestion,
 )
@@ -31,6 +33,7 @@ T = TypeVar("T")
 
 PRESETS = Path(__file__).parent / "presets"
 _PRESET_PREFIX = "preset:"
+_POWER_OF_TEN = re.compile(r"\d+(\.\d+)?[eE]\+?\d{1,2}")
 _OWN_FLAGS = ("config", "help", "print_config")
 
 
@@ -69,6 +72,7 @@ def parse(config_class: type[T], argv: Sequence[str], prog: str) -> T:
     leaves = leaf_types(config_class)
     names, arguments = _split_config_arguments(argv)
     arguments = [_with_underscores(argument, leaves) for argument in arguments]
+    arguments = _with_whole_numbers(arguments, leaves)
     if not {"-h", "--help"} & set(arguments):
         _check_flags(arguments, leaves)
     files = [_read_file(name, leaves) for name in names]
@@ -238,6 +242,22 @@ def _with_underscores(argument: str, leaves: dict[str, Any]) -> str:
     return argument.replace(name, written, 1) if is_meant else argument
 
 
+def _with_whole_numbers(arguments: Sequence[str], leaves: dict[str, Any]) -> list[str]:
+    """1e9 is 1000000000 where an integer is expected."""
+    found: list[str] = []
+    name = ""
+    for argument in arguments:
+        start, value = "", argument
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            start = f"--{name}{equals}"
+        is_meant = _POWER_OF_TEN.fullmatch(value) and is_whole(leaves.get(name))
+        number = Decimal(value) if is_meant else None
+        is_integral = number is not None and number == number.to_integral_value()
+        found.append(f"{start}{int(number)}" if number is not None and is_integral else argument)
+    return found
+
+
 def _check_flags(arguments: Sequence[str], leaves: dict[str, Any]) -> None:
     sections = {leaf.rsplit(".", 1)[0] for leaf in leaves if "." in leaf}
     mappings = tuple(f"{name}." for name, kind in leaves.items() if is_mapping(kind))
@@ -295,6 +315,6 @@ def _explain(
     else:
         naming = [file.name for file in files if key in file.values]
         origin = f"--config {naming[-1]}: {key}" if naming else key
-    value = re.search(r"(?:Got|Given) value: (.*)$", message)
+    value = re.search(r".*(?:Got|Given) value: (.*)$", message)  # the last is as it was given
     got = f" is {value.group(1)}" if value else ""
     return f"{origin}{got}; expected {in_words(leaves[key])}"

@@ -227,6 +227,18 @@ def test_dashes_are_underscores_in_flags_and_nowhere_else() -> None:
         parse_run("--train.global-batch-sizes", "64")
 
 
+def test_powers_of_ten_are_integers_where_these_are_expected(tmp_path: Path) -> None:
+    config = parse_run(
+        "--data.unique_tokens", "1e9", "--train.steps=2.5e3", "--optimizer.lr", "1e1"
+    )
+    assert (config.data.unique_tokens, config.train.steps) == (10**9, 2500)
+    assert (config.optimizer.lr, type(config.optimizer.lr)) == (10.0, float)
+    with pytest.raises(ValueError, match=r"^--train\.steps is 1\.5e0; expected an integer or null"):
+        parse_run("--train.steps", "1.5e0")
+    path = write(tmp_path, "1e3", "train: {steps: 7}\n")
+    assert parse_run("--train.output_dir", "1e3", "--config", path).train.output_dir == "1e3"
+
+
 def test_missing_required_value_is_named() -> None:
     with pytest.raises(ValueError, match=r"^output_dir is missing; give it as a --flag"):
         parse(TokenizerConfig, ["--input", "a"], prog="x")
