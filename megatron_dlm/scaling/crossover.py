@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from megatron_dlm.scaling.crossings import for_good
+from megatron_dlm.scaling.crossings import Curve, compare
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,17 @@ def find_crossing(first: Sequence[CurvePoint], second: Sequence[CurvePoint]) -> 
 
     Both curves are joined by straight lines in the epoch, over the epochs that both cover.
     """
-    (epochs_a, values_a), (epochs_b, values_b) = _as_arrays(first), _as_arrays(second)
-    start, end = max(epochs_a[0], epochs_b[0]), min(epochs_a[-1], epochs_b[-1])
-    grid = np.union1d(epochs_a, epochs_b)
-    grid = grid[(grid >= start) & (grid <= end)]
-    above = np.interp(grid, epochs_b, values_b)
-    gap = above - np.interp(grid, epochs_a, values_a)
-    epoch = for_good(grid, gap)
-    return None if epoch is None else Crossing(epoch, float(np.interp(epoch, grid, above)))
+    if max(first[0].epoch, second[0].epoch) >= min(first[-1].epoch, second[-1].epoch):
+        return None
+    above = _as_curve(second)
+    epoch = compare([_as_curve(first)], [above], count=1).crossing.value
+    if math.isinf(epoch):
+        return None
+    return Crossing(epoch, float(np.interp(epoch, above.x, above.y)))
 
 
-def _as_arrays(
-    curve: Sequence[CurvePoint],
-) -> tuple[
-    np.ndarray[tuple[int], np.dtype[np.float64]], np.ndarray[tuple[int], np.dtype[np.float64]]
-]:
-    epochs = np.array([point.epoch for point in curve], dtype=np.float64)
-    return epochs, np.array([point.nats_per_token for point in curve], dtype=np.float64)
+def _as_curve(points: Sequence[CurvePoint]) -> Curve:
+    """Of an epoch that was validated twice, the later value."""
+    values = {point.epoch: point.nats_per_token for point in points}
+    epochs = sorted(values)
+    return Curve(np.array(epochs), np.array([values[epoch] for epoch in epochs]))

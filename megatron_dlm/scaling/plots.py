@@ -16,6 +16,7 @@ from megatron_dlm.scaling.crossover import (
     find_crossing,
     read_validation_curve,
 )
+from megatron_dlm.scaling.figures.scales import range_without_start
 from megatron_dlm.scaling.figures.style import COLORS, MARKERS, save_whole
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def plot_validation_curves(
     axes.set_ylabel("validation loss [nats per token]")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylim(*_visible_range(list(curves.values())))
+    values = [[point.nats_per_token for point in curve] for curve in curves.values()]
+    axes.set_ylim(*range_without_start(values))
     axes.legend(framealpha=0.9, edgecolor="none")
     figure.suptitle(title, fontsize=12)
     axes.set_title(subtitle, fontsize=9, color="0.35")
@@ -109,14 +111,6 @@ def _draw_crossing(axes: Axes, crossing: Crossing) -> None:
         fontsize=9,
         color="0.3",
     )
-
-
-def _visible_range(curves: Sequence[Sequence[CurvePoint]]) -> tuple[float, float]:
-    """Limits that show everything but the steep start, from which every run comes down."""
-    lowest = min(point.nats_per_token for curve in curves for point in curve)
-    highest = max(point.nats_per_token for curve in curves for point in curve[len(curve) // 10 :])
-    margin = 0.06 * (highest - lowest) or 0.1
-    return lowest - margin, highest + margin
 
 
 def _add_token_axis(axes: Axes, curves: Sequence[Sequence[CurvePoint]]) -> None:

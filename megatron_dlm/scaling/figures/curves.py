@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,19 +11,21 @@ import numpy as np
 
 from megatron_dlm.config.checks import require
 from megatron_dlm.scaling.bootstrap import Estimate, Floats
-from megatron_dlm.scaling.crossings import Curve
+from megatron_dlm.scaling.crossings import Curve, on_common_x
+from megatron_dlm.scaling.figures.directions import Direction, direction_of
 from megatron_dlm.scaling.figures.drawn import Drawn, in_short, write_numbers
+from megatron_dlm.scaling.figures.extents import apart, share_x, unequal_ends
 from megatron_dlm.scaling.figures.families import (
     Grouping,
     Member,
     bound_note,
-    estimate_of,
     grouped,
     in_words,
     interval_note,
     mean_over_seeds,
     members_of,
     refuse_twins,
+    smoothing_words,
 )
 from megatron_dlm.scaling.figures.scales import (
     count_ticks,
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
 
     from megatron_dlm.scaling.study import Study
 
-_HEADER = ("panel", "line", "seeds", "lowest", "at", "last", "at the end")
-
 
 @dataclass(frozen=True)
 class CurvesSpec(Grouping):
@@ -48,9 +48,12 @@ class CurvesSpec(Grouping):
     x: Literal["epoch", "tokens", "training_flops", "step"] = "tokens"
     """Against what the metric is drawn."""
     metric: str = "nelbo"
-    """Column of the validations, lower is better."""
+    """Column of the validations."""
+    higher_is_better: bool = False
+    """Whether the metric is one like accuracy; of losses the lower one is better."""
     smoothing: float = 0.0
-    """Width of a Gaussian average over the points of a curve, as a factor in x; 0: none."""
+    """Width of a Gaussian average over the points of a curve: its standard deviation in ln x, so
+    0.1 is about 10 % of x; 0: none."""
     x_scale: Literal["linear", "log"] = "linear"
     """Scale of the x axis."""
     y_scale: Literal["linear", "log"] = "linear"
@@ -59,6 +62,11 @@ class CurvesSpec(Grouping):
     def __post_init__(self) -> None:
         require(self.smoothing >= 0, f"smoothing is {self.smoothing}; it must be at least 0")
 
+    @property
+    def direction(self) -> Direction:
+        """Which values of the metric are better."""
+        return direction_of(higher_is_better=self.higher_is_better)
+
 
 @dataclass(frozen=True)
 class _Line:
@@ -66,23 +74,23 @@ class _Line:
 
     panel: str
     label: str
-    curves: tuple[Curve, ...]
+    curves: Mapping[str, Curve]
+    """Run -> its curve."""
     x: Floats
     mean: Floats
     low: Floats
     high: Floats
+    best: int
+    """Place of the best mean."""
 
-    @property
-    def lowest(self) -> Estimate:
-        return estimate_of([curve.y.min() for curve in self.curves])
-
-    @property
-    def lowest_at(self) -> float:
-        return float(self.x[self.mean.argmin()])
+    def at(self, place: int) -> tuple[str, str]:
+        """The mean there with its interval, and x, in words."""
+        mean, low, high = (float(values[place]) for values in (self.mean, self.low, self.high))
+        return in_words(Estimate(mean, low, high)), in_short(float(self.x[place]))
 
 
 def draw(spec: CurvesSpec, results: Results, study: Study, stem: Path) -> Drawn:
-    """Write stem.png, .svg and .csv; raises ValueError where no run has two such reports."""
+    """Write stem.png, .svg and .csv; raises ValueError where no line can be drawn."""
     results.check_columns(spec.x, spec.metric)
     members = members_of(results, study, spec)
     refuse_twins(members, study, lambda member: (member.panel, member.line, member.seed))
@@ -90,34 +98,41 @@ def draw(spec: CurvesSpec, results: Results, study: Study, stem: Path) -> Drawn:
     if not lines:
         raise ValueError(
             f"{results.source}: no run has two validations with {spec.x} and {spec.metric}; "
-            "run the study further"
+            f"run the study further. {' '.join(left_out)}"
         )
+    ends = [unequal_ends(line.curves) for line in lines]
     files = (*_picture(lines, spec, stem), _numbers(lines, spec, stem))
     notes = (
         *bound_note(members, spec.metric, study),
         _smoothing_note(spec),
         interval_note([len(line.curves) for line in lines]),
-        *(
-            f"Left out, with fewer than two such reports: {', '.join(left_out)}."
-            for _ in left_out[:1]
-        ),
+        *(f"{end}; their mean ends with the first." for end in ends if end),
+        *left_out,
     )
-    rows = tuple(_row(line) for line in lines)
+    header = ("panel", "line", "seeds", spec.direction.superlative, "at", "last", "at the end")
+    rows = tuple(
+        (line.panel, line.label, str(len(line.curves)), *line.at(line.best), *line.at(-1))
+        for line in lines
+    )
     title = f"{study.name}: {axis_name(spec.metric)} against {axis_name(spec.x)}"
-    return Drawn(files, title, _HEADER, rows, notes)
+    return Drawn(files, title, header, rows, notes)
 
 
 def _lines(members: Sequence[Member], spec: CurvesSpec) -> tuple[list[_Line], list[str]]:
-    """The lines by panel, and the names of runs that have no curve."""
-    lines, left_out = [], []
+    """The lines by panel, and sentences about what cannot be drawn."""
+    lines, notes, without_curve = [], [], []
     for panel, of_panel in grouped(members, lambda member: member.panel).items():
         for label, of_line in grouped(of_panel, lambda member: member.line).items():
-            found = [(member.run, _curve(member, spec)) for member in of_line]
-            left_out += [run for run, curve in found if curve is None]
-            curves = [curve for _, curve in found if curve is not None]
-            if curves:
-                lines.append(_line(panel, label, curves))
-    return lines, left_out
+            found = {member.run: _curve(member, spec) for member in of_line}
+            without_curve += [run for run, curve in found.items() if curve is None]
+            curves = {run: curve for run, curve in found.items() if curve is not None}
+            if curves and share_x(curves):
+                lines.append(_line(panel, label, curves, spec))
+            elif curves:
+                notes.append(f"Left out: {apart(curves)}.")
+    if without_curve:
+        notes.append(f"Left out, with fewer than two such reports: {', '.join(without_curve)}.")
+    return lines, notes
 
 
 def _curve(member: Member, spec: CurvesSpec) -> Curve | None:
@@ -129,12 +144,10 @@ def _curve(member: Member, spec: CurvesSpec) -> Curve | None:
     return curve.smoothed(spec.smoothing)
 
 
-def _line(panel: str, label: str, curves: Sequence[Curve]) -> _Line:
-    start, end = max(curve.x[0] for curve in curves), min(curve.x[-1] for curve in curves)
-    x = np.unique(np.concatenate([curve.x for curve in curves]))
-    x = x[(x >= start) & (x <= end)]
-    table = np.stack([np.interp(x, curve.x, curve.y) for curve in curves])
-    return _Line(panel, label, tuple(curves), x, *mean_over_seeds(table))
+def _line(panel: str, label: str, curves: Mapping[str, Curve], spec: CurvesSpec) -> _Line:
+    x, table = on_common_x(tuple(curves.values()))
+    mean, low, high = mean_over_seeds(table)
+    return _Line(panel, label, curves, x, mean, low, high, spec.direction.best_place(mean))
 
 
 def _picture(lines: Sequence[_Line], spec: CurvesSpec, stem: Path) -> tuple[Path, Path]:
@@ -160,12 +173,11 @@ def _draw_line(axes: Axes, line: _Line, number: int) -> None:
     style = look(number)
     marker = style.pop("marker")
     if len(line.curves) > 1:
-        for curve in line.curves:
+        for curve in line.curves.values():
             axes.plot(curve.x, curve.y, color=style["color"], linewidth=0.6, alpha=0.4)
     axes.plot(line.x, line.mean, linewidth=1.9, label=line.label or None, **style)
-    lowest = int(line.mean.argmin())
     axes.plot(
-        *(line.x[lowest], line.mean[lowest]),
+        *(line.x[line.best], line.mean[line.best]),
         **{"marker": marker, "markersize": 7, "linestyle": "none", "markeredgewidth": 1.6},
         **{"markerfacecolor": "white", "markeredgecolor": style["color"], "zorder": 5},
     )
@@ -175,9 +187,8 @@ def _scale(axes: Axes, lines: Sequence[_Line], spec: CurvesSpec) -> None:
     axes.set_xscale(spec.x_scale)
     axes.set_yscale(spec.y_scale)
     if spec.y_scale == "linear":
-        axes.set_ylim(
-            *range_without_start([curve.y.tolist() for line in lines for curve in line.curves])
-        )
+        curves = [curve.y.tolist() for line in lines for curve in line.curves.values()]
+        axes.set_ylim(*range_without_start(curves, is_rising=spec.higher_is_better))
     count_ticks(axes)
 
 
@@ -192,19 +203,8 @@ def _numbers(lines: Sequence[_Line], spec: CurvesSpec, stem: Path) -> Path:
     return write_numbers(stem.with_name(f"{stem.name}.csv"), header, rows)
 
 
-def _row(line: _Line) -> tuple[str, ...]:
-    lowest_at = in_short(line.lowest_at)
-    last = Estimate(float(line.mean[-1]), float(line.low[-1]), float(line.high[-1]))
-    return (
-        *(line.panel, line.label, str(len(line.curves)), in_words(line.lowest), lowest_at),
-        *(in_words(last), in_short(float(line.x[-1]))),
-    )
-
-
 def _smoothing_note(spec: CurvesSpec) -> str:
+    rings = f"rings mark the {spec.direction.superlative} mean"
     if spec.smoothing == 0:
-        return "Curves are not smoothed; rings mark the lowest mean."
-    return (
-        f"Curves are smoothed over a factor of {spec.smoothing:g} in x (standard deviation of a "
-        "Gaussian); rings mark the lowest mean."
-    )
+        return f"Curves are not smoothed; {rings}."
+    return f"Curves are smoothed over {smoothing_words(spec.smoothing)}; {rings}."

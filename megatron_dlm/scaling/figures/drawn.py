@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_dlm.runtime.files import write_whole
+from megatron_dlm.scaling.figures.scales import short_tick
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ def write_numbers(
     return path
 
 
-def in_short(value: float) -> str:
-    """Three digits, without powers of ten where people do not need them."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+def in_short(value: float, digits: int = 3) -> str:
+    """0.0123, 999, 8,192, 12.3M: whole numbers of steps and epochs with all their digits.
+
+    Others have `digits`, and powers of ten as on an axis.
+    """
+    if 1000 <= abs(float(f"{value:.{digits}g}")) < 1e7:
+        return f"{value:,.{max(0, digits - 4)}f}"
+    text = f"{value:.{digits}g}"
+    return short_tick(value, digits) if "e" in text else text

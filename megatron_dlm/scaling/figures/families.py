@@ -12,7 +12,7 @@ from megatron_dlm.config.keys import suggestion
 from megatron_dlm.scaling.bootstrap import Estimate, Floats
 from megatron_dlm.scaling.figures.checks import check_axis, check_label, seed_axis
 from megatron_dlm.scaling.figures.drawn import in_short
-from megatron_dlm.scaling.results import Results, Row
+from megatron_dlm.scaling.results import Results, Row, number
 
 if TYPE_CHECKING:
     from megatron_dlm.scaling.study import Study
@@ -70,16 +70,21 @@ def members_of(results: Results, study: Study, grouping: Grouping) -> list[Membe
     """
     names = (grouping.panels, grouping.lines, seed_axis(study, grouping.seeds))
     results.check_columns(*(name for name in (*names, *grouping.only) if name is not None))
-    found = []
-    for run, rows in results.runs().items():
-        if all(str(rows[-1].get(axis)) in labels for axis, labels in grouping.only.items()):
-            panel, line, seed = (_label(rows[-1], name) for name in names)
-            found.append(Member(run, panel, line, seed, rows))
+    chosen = {
+        run: rows
+        for run, rows in results.runs().items()
+        if all(str(rows[-1].get(axis)) in labels for axis, labels in grouping.only.items())
+    }
+    columns = [_labels([rows[-1] for rows in chosen.values()], name) for name in names]
+    found = [
+        Member(run, panel, line, seed, rows)
+        for (run, rows), panel, line, seed in zip(chosen.items(), *columns, strict=True)
+    ]
     if not found:
-        chosen = " of those that `only` names" if grouping.only else ""
-        raise ValueError(f"{results.source}: no run{chosen} has validated; run the study further")
+        which = " of those that `only` names" if grouping.only else ""
+        raise ValueError(f"{results.source}: no run{which} has validated; run the study further")
     orders = [
-        _order(study, name, [_label(member.rows[-1], name) for member in found]) for name in names
+        _order(study, name, of_column) for name, of_column in zip(names, columns, strict=True)
     ]
 
     def place(member: Member) -> tuple[int, ...]:
@@ -188,11 +193,27 @@ def bound_note(
     return ("The loss of AR is the exact NLL, that of diffusion an upper bound (NELBO) of it.",)
 
 
-def _label(row: Row, name: str | None) -> str:
-    value = "" if name is None else row.get(name)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return in_short(value)
-    return str(value)
+def smoothing_words(width: float, x: str = "x") -> str:
+    """How far a curve was averaged; width: standard deviation in ln x."""
+    return (
+        f"a factor of {np.exp(width):.3g} in {x} (a Gaussian with a standard deviation of "
+        f"{width:g} in ln {x})"
+    )
+
+
+def _labels(rows: Sequence[Row], name: str | None) -> list[str]:
+    """The label of each row: numbers short, with as many digits as they need to differ."""
+    if name is None:
+        return [""] * len(rows)
+    values = [number(row, name) for row in rows]
+    numbers = {value for value in values if value is not None}
+    digits = 3
+    while digits < 17 and len({in_short(value, digits) for value in numbers}) < len(numbers):
+        digits += 1
+    return [
+        str(row.get(name)) if value is None else in_short(value, digits)
+        for row, value in zip(rows, values, strict=True)
+    ]
 
 
 def _order(study: Study, name: str | None, labels: Sequence[str]) -> dict[str, int]:

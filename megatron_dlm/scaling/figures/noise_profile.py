@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from megatron_dlm.scaling.study import Study
 
 _COLUMN = re.compile(r"(nll|nelbo)_at_noise_([0-9.e-]+)-([0-9.]+)")
+_Range = tuple[float, float]
 _SHARE = "share of noised tokens"
 _LOSS = "validation loss at this noise [nats per token]"
 _MEANING = {
@@ -63,7 +64,7 @@ class _Profile:
     kind: str
     """nll or nelbo."""
     num_seeds: int
-    edges: tuple[tuple[float, float], ...]
+    edges: tuple[_Range, ...]
     mean: Floats
     low: Floats
     high: Floats
@@ -90,31 +91,42 @@ def draw(spec: NoiseProfileSpec, results: Results, study: Study, stem: Path) -> 
     notes = (
         *_meaning_notes(profiles),
         interval_note([profile.num_seeds for profile in profiles]),
-        *(f"Left out, without a profile there: {', '.join(left_out)}." for _ in left_out[:1]),
+        *left_out,
     )
-    header = ("panel", "line", "seeds", *_shown(profiles[0]), "mean over the noise")
-    rows = tuple(_row(profile) for profile in profiles)
+    shown = sorted({edge for profile in profiles for edge in _shown(profile)})
+    ranges = ("noise {:g} to {:g}".format(*edge) for edge in shown)
+    header = ("panel", "line", "seeds", *ranges, "mean over the noise")
+    rows = tuple(_row(profile, shown) for profile in profiles)
     return Drawn(files, f"{study.name}: loss by noise", header, rows, notes)
 
 
 def _profiles(
     members: Sequence[Member], spec: NoiseProfileSpec, source: str
 ) -> tuple[list[_Profile], list[str]]:
-    """By panel and line, and the names of runs that have none."""
+    """By panel and line, and sentences about what has none."""
     found: list[_Profile] = []
-    left_out: dict[str, None] = {}
+    notes: dict[str, None] = {}
+    without: dict[str, None] = {}
     for step in spec.steps or (None,):
         before = len(found)
         for of_line in grouped(members, lambda member: f"{member.panel}\n{member.line}").values():
             rows = {member.run: _row_at(member, step) for member in of_line}
-            whole = [row for row in rows.values() if row is not None]
-            left_out.update(dict.fromkeys(run for run, row in rows.items() if row is None))
-            if whole:
-                title = of_line[0].panel if step is None else f"step {step:,}"
-                found.append(_profile(title, of_line[0].line, whole))
+            whole = {run: row for run, row in rows.items() if row is not None}
+            without.update(dict.fromkeys(run for run in rows if run not in whole))
+            title = of_line[0].panel if step is None else f"step {step:,}"
+            profile = _profile(title, of_line[0].line, tuple(whole.values())) if whole else None
+            if profile is not None:
+                found.append(profile)
+            elif whole:
+                notes[f"Left out, for they share no range of the noise: {', '.join(whole)}."] = None
         if len(found) == before:
-            raise ValueError(f"{source}: no run has a noise profile {_where(members, step)}")
-    return found, list(left_out)
+            reasons = "".join(f". {note}" for note in notes)
+            raise ValueError(
+                f"{source}: no run has a noise profile {_where(members, step)}{reasons}"
+            )
+    if without:
+        notes[f"Left out, without a profile there: {', '.join(without)}."] = None
+    return found, list(notes)
 
 
 def _where(members: Sequence[Member], step: int | None) -> str:
@@ -131,7 +143,7 @@ def _row_at(member: Member, step: int | None) -> Row | None:
     return rows[-1] if rows and _ranges(rows[-1]) else None
 
 
-def _ranges(row: Row) -> dict[tuple[float, float], tuple[str, float]]:
+def _ranges(row: Row) -> dict[_Range, tuple[str, float]]:
     """Ends of a range -> (nll or nelbo, the loss there), by noise."""
     found = {}
     for name in row:
@@ -142,10 +154,12 @@ def _ranges(row: Row) -> dict[tuple[float, float], tuple[str, float]]:
     return dict(sorted(found.items()))
 
 
-def _profile(panel: str, label: str, rows: Sequence[Row]) -> _Profile:
-    """Over the ranges that every seed has."""
+def _profile(panel: str, label: str, rows: Sequence[Row]) -> _Profile | None:
+    """Over the ranges that every seed has; None where there is none."""
     tables = [_ranges(row) for row in rows]
     edges = tuple(edge for edge in tables[0] if all(edge in table for table in tables))
+    if not edges:
+        return None
     values = np.array([[table[edge][1] for edge in edges] for table in tables])
     kind = tables[0][edges[0]][0]
     return _Profile(panel, label, kind, len(rows), edges, *mean_over_seeds(values))
@@ -187,17 +201,15 @@ def _numbers(profiles: Sequence[_Profile], stem: Path) -> Path:
     return write_numbers(stem.with_name(f"{stem.name}.csv"), header, rows)
 
 
-def _places(profile: _Profile) -> list[int]:
+def _shown(profile: _Profile) -> list[_Range]:
     """The first range, the middle one and the last."""
-    return sorted({0, len(profile.edges) // 2, len(profile.edges) - 1})
+    return [profile.edges[place] for place in (0, len(profile.edges) // 2, -1)]
 
 
-def _shown(profile: _Profile) -> list[str]:
-    return ["noise {:g} to {:g}".format(*profile.edges[place]) for place in _places(profile)]
-
-
-def _row(profile: _Profile) -> tuple[str, ...]:
-    values = [f"{profile.mean[place]:.3f}" for place in _places(profile)]
+def _row(profile: _Profile, shown: Sequence[_Range]) -> tuple[str, ...]:
+    """Empty where the line has another grid of ranges."""
+    of_range = dict(zip(profile.edges, profile.mean.tolist(), strict=True))
+    values = [f"{of_range[edge]:.3f}" if edge in of_range else "" for edge in shown]
     widths = [high - low for low, high in profile.edges]
     mean = float(np.average(profile.mean, weights=widths))
     return (profile.panel, profile.label, str(profile.num_seeds), *values, f"{mean:.3f}")

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from megatron_dlm.scaling.bootstrap import Estimate
+from megatron_dlm.scaling.crossings import ends_by_rank
 from megatron_dlm.scaling.figures.drawn import in_short
 
 Scores = Mapping[float, Sequence[float]]
@@ -53,11 +54,9 @@ def potential_at(first: Scores, second: Scores, tokens: float) -> Potential:
         points = [(budget, mean(scores)) for budget, scores in first.items()]
         return _ratio(points, mean(second[tokens]), tokens)
 
-    drawn = np.sort([ratio(pick=True) for _ in range(_RESAMPLES)])
-    # Ends by rank, not between ranks: half way to infinity is no number.
-    low, high = drawn[int(0.025 * _RESAMPLES)], drawn[int(0.975 * _RESAMPLES)]
+    drawn = [ratio(pick=True) for _ in range(_RESAMPLES)]
     return Potential(
-        Estimate(ratio(pick=False), float(low), float(high)),
+        Estimate(ratio(pick=False), *ends_by_rank(drawn)),
         at_least=max(first) / tokens,
         at_most=min(first) / tokens,
     )

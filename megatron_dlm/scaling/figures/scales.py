@@ -16,6 +16,7 @@ _MAX_NAMED = 9
 _MANY = 1000
 _DECADES = 300.0
 """Up to this span of a logarithmic axis there is room for ticks between the powers of ten."""
+_START_SHARE = 0.1
 _LEGEND_INCHES_PER_LETTER = 0.075
 _LEGEND_INCHES_PER_LINE = 0.75
 
@@ -60,23 +61,28 @@ def count_ticks(axes: Axes) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def short_tick(value: float) -> str:
-    """8.19k, 131k, 2M, 10G, 3e-4, 0.1, 4e15."""
+def short_tick(value: float, digits: int = 3) -> str:
+    """8.19k, 131k, 2M, 10G, 3e-4, 0.1, 4e15; with `digits` of them at most."""
+    rounded = float(f"{value:.{digits}g}")  # 999,999 is 1M, not 1000k
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if 0.9995 * unit <= abs(value) < 999.5 * unit:
-            return f"{value / unit:.3g}{name}"
-    if 0 < abs(value) < 0.01 or abs(value) >= 1e12:
-        digits, power = f"{value:.2e}".split("e")
-        return f"{float(digits):g}e{int(power)}"
-    return f"{value:.3g}"
+        if unit <= abs(rounded) < 1000 * unit:
+            return f"{rounded / unit:.{digits}g}{name}"
+    if 0 < abs(rounded) < 0.01 or abs(rounded) >= 1e12:
+        mantissa, power = f"{rounded:.{digits - 1}e}".split("e")
+        return f"{float(mantissa):.{digits}g}e{int(power)}"
+    return f"{rounded:.{digits}g}"
 
 
 def range_without_start(
-    curves: Sequence[Sequence[float]], *, start_share: float = 0.1
+    curves: Sequence[Sequence[float]], *, is_rising: bool = False
 ) -> tuple[float, float]:
-    """Limits of y that show everything but the steep start, from which every run comes down."""
+    """Limits of y that show everything but the steep start, from which every run comes down.
+
+    is_rising: of curves that come up all is shown.
+    """
     lowest = min(min(values) for values in curves)
-    highest = max(max(values[int(len(values) * start_share) :]) for values in curves)
+    starts = [0 if is_rising else int(len(values) * _START_SHARE) for values in curves]
+    highest = max(max(values[start:]) for values, start in zip(curves, starts, strict=True))
     margin = 0.06 * (highest - lowest) or 0.1
     return lowest - margin, highest + margin
 

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: distinct for colour-blind readers and in print.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINE_STYLES: tuple[Any, ...] = (
+    *("-", "--", "-.", ":"),
+    *((0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 1))),
+)
 
 AXIS_NAMES = {
     "epoch": "epochs over the unique tokens",
@@ -29,6 +32,7 @@ AXIS_NAMES = {
     "num_parameters": "parameters",
     "optimizer.lr": "learning rate",
     "model.hidden_dropout": "dropout of hidden layers",
+    "objective.input_masking_ratio": "share of masked inputs",
     "nelbo": "validation loss [nats per token]",
     "loss": "trained loss",
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_lower_from_the_start_is_a_bound_too(tmp_path: Path) -> None:
     figure, numbers = drawn(tmp_path, lambda s: 3 + 0 * s, lambda s: 2 + 0 * s)
     assert (numbers["outcome"], numbers["crossing"]) == ("from the start", "")
     assert figure.rows[0][0] == "before 40"
-    assert "made: masked is lower from the first validation, at 40." in figure.notes
+    assert "made: masked is lower all along, from 40 on." in figure.notes
 
 
 def test_several_crossings_are_told(tmp_path: Path) -> None:
@@ -115,7 +116,10 @@ def test_smoothing_is_said(tmp_path: Path) -> None:
     assert "Curves are not smoothed." in figure.notes
     spec = {"smoothing": 0.1}
     figure, _ = drawn(tmp_path, lambda s: 2 + s / 1000, lambda s: 4 - s / 1000, **spec)  # type: ignore[arg-type]
-    assert any("averaged over about 10% of x" in note for note in figure.notes)
+    words = (
+        "averaged over a factor of 1.11 in x (a Gaussian with a standard deviation of 0.1 in ln x)"
+    )
+    assert any(words in note for note in figure.notes)
 
 
 def test_only_chosen_settings_are_compared(tmp_path: Path) -> None:
@@ -143,6 +147,7 @@ def test_settings_without_both_labels_are_left_out(tmp_path: Path) -> None:
     spec = CrossoverSpec(axis="objective", first="ar", second="masked", x="step")
     figure = draw(spec, results, study, tmp_path / "figure")
     assert [row[0] for row in figure.rows] == ["u1"]
+    assert figure.notes[-1] == "Left out, without a curve of ar: u2."
     one = made_study(
         {"objective": labels("ar", "masked")},
         lambda at: curve(lambda s: 4 - s / 1e3) if at["objective"] == "ar" else [],
@@ -158,6 +163,114 @@ def test_settings_without_both_labels_are_left_out(tmp_path: Path) -> None:
 def test_a_metric_that_was_not_reported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"results\.csv: no row has a value of entropy; have: stu"):
         drawn(tmp_path, lambda s: 2 + 0 * s, lambda s: 3 + 0 * s, metric="entropy")
+
+
+def test_an_interval_tells_what_does_not_cross(tmp_path: Path) -> None:
+    """Of three seeds one crosses late: in 7 of 27 resamples it is not before the end."""
+    ar = {"s1": 2.0, "s2": 2.0, "s3": 2.0}
+    masked = {"s1": 2.3, "s2": 2.3, "s3": 5.2}
+    study, results = made_study(
+        {"objective": labels("ar", "masked"), "seed": labels("s1", "s2", "s3")},
+        lambda at: curve(
+            lambda s: (
+                ar[at["seed"]] + 0 * s if at["objective"] == "ar" else masked[at["seed"]] - s / 1000
+            )
+        ),
+    )
+    spec = CrossoverSpec(axis="objective", first="ar", second="masked", x="step")
+    figure = draw(spec, results, study, tmp_path / "figure")
+    place, interval, share, *_ = figure.rows[0]
+    assert (place, interval) == ("1,267", "300 to > 1,600")
+    assert share in {"71%", "72%", "73%", "74%", "75%", "76%"}
+    with (tmp_path / "figure.csv").open(newline="") as file:
+        (numbers,) = csv.DictReader(file)
+    assert (numbers["outcome"], numbers["crossing_high"]) == ("crosses", "inf")
+    assert any("count as later than the end (>)" in note for note in figure.notes)
+
+
+def cut(steps: dict[str, int]) -> Callable[[Mapping[str, Any]], list[dict[str, Any]]]:
+    """AR at 2 and masked falling from 2.5; run -> its last step, 1,600 where it is not named."""
+
+    def reports(at: Mapping[str, Any]) -> list[dict[str, Any]]:
+        name = "_".join(str(label) for label in at.values())
+        shape = (lambda s: 2 + 0 * s) if at["objective"] == "ar" else (lambda s: 2.5 - s / 1000)
+        return curve(shape, num_steps=steps.get(name, 1600))
+
+    return reports
+
+
+def test_a_seed_that_has_just_begun_is_named(tmp_path: Path) -> None:
+    study, results = made_study(
+        {"objective": labels("ar", "masked"), "seed": labels("s1", "s2")},
+        cut({"masked_s2": 120}),
+    )
+    spec = CrossoverSpec(axis="objective", first="ar", second="masked", x="step")
+    figure = draw(spec, results, study, tmp_path / "figure")
+    (row,) = figure.rows
+    # Bests are those of the first 120 steps, not that of s1 at 1,600 beside that of s2 at 120.
+    assert (row[0], *row[-3:]) == ("not before 120", "2.000", "2.380", "+0.380 (+0.380 to +0.380)")
+    assert figure.notes[-1] == (
+        "made: no crossing for good up to 120, where the range ends; masked_s2 ends at 120, others "
+        "go on to 1,600; crossings, rings and bests are of what all have reached."
+    )
+
+
+def test_unequal_ends_of_single_runs_are_told(tmp_path: Path) -> None:
+    study, results = made_study({"objective": labels("ar", "masked")}, cut({"masked": 1000}))
+    spec = CrossoverSpec(axis="objective", first="ar", second="masked", x="step")
+    figure = draw(spec, results, study, tmp_path / "figure")
+    assert (figure.rows[0][0], figure.rows[0][-1]) == ("500", "-0.500")
+    assert figure.notes[-1].startswith("made: masked ends at 1,000, others go on to 1,600;")
+
+
+def test_a_setting_without_common_x_is_left_out_and_named(tmp_path: Path) -> None:
+    def reports(at: Mapping[str, Any]) -> list[dict[str, Any]]:
+        rows = cut({})(at)
+        late = at["objective"] == "masked" and at["unique"] == "u2"
+        return rows[30:] if late else rows[:20] if at["unique"] == "u2" else rows
+
+    axes = {"objective": labels("ar", "masked"), "unique": labels("u1", "u2")}
+    study, results = made_study(axes, reports)
+    spec = CrossoverSpec(axis="objective", first="ar", second="masked", x="step")
+    figure = draw(spec, results, study, tmp_path / "figure")
+    assert [row[:2] for row in figure.rows] == [("u1", "500")]
+    said = "ar_u2 ends at 800 and masked_u2 begins at 1,240: no x in common."
+    assert figure.notes[-1] == f"u2: left out, {said}"
+    spec = CrossoverSpec(
+        axis="objective", first="ar", second="masked", x="step", only={"unique": ("u2",)}
+    )
+    with pytest.raises(ValueError, match=rf"run the study further\. u2: left out, {said}"):
+        draw(spec, results, study, tmp_path / "figure")
+
+
+def test_accuracies_pass_above(tmp_path: Path) -> None:
+    """0.3 + s / 16000 and 0.2 + 3 s / 16000 meet at 800."""
+    slopes = {"ar": (0.3, 1), "masked": (0.2, 3)}
+
+    def reports(at: Mapping[str, Any]) -> list[dict[str, Any]]:
+        start, slope = slopes[at["objective"]]
+        rows = curve(lambda s: start + slope * s / 16000)
+        return [{**row, "accuracy": row["nelbo"]} for row in rows]
+
+    study, results = made_study({"objective": labels("ar", "masked")}, reports)
+    spec = CrossoverSpec(*("objective", "ar", "masked", "step", "accuracy"), higher_is_better=True)
+    figure = draw(spec, results, study, tmp_path / "figure")
+    assert figure.rows == (("800", "one seed", "", "0.400", "0.500", "+0.100"),)
+    assert figure.title == "masked above ar: accuracy"
+    text = " ".join(figure.notes)
+    assert "passes above that of ar" in text
+    assert "A ring is the highest point" in text
+    assert "turned down" in text
+    assert "low" not in text
+
+
+def test_runs_with_a_single_report_are_named(tmp_path: Path) -> None:
+    study, results = made_study(
+        {"objective": labels("ar", "masked"), "seed": labels("s1", "s2")}, cut({"ar_s2": 40})
+    )
+    spec = CrossoverSpec(axis="objective", first="ar", second="masked", x="step")
+    figure = draw(spec, results, study, tmp_path / "figure")
+    assert figure.notes[-1] == "Left out, with fewer than two values of nelbo: ar_s2."
 
 
 def test_equal_results_make_equal_files(tmp_path: Path) -> None:

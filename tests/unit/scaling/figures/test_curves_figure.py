@@ -83,7 +83,7 @@ def test_smoothing_takes_noise_and_is_stated(tmp_path: Path) -> None:
     drawn = draw(CurvesSpec(smoothing=0.1), results, study, tmp_path / "f")
     late = [float(row["nelbo"]) for row in table(tmp_path / "f.csv")][20:]
     assert late == pytest.approx([3.0] * len(late), abs=0.06)
-    assert any("factor of 0.1" in note for note in drawn.notes)
+    assert any("smoothed over a factor of 1.11 in x" in note for note in drawn.notes)
 
 
 def test_a_start_at_zero_is_no_place_in_logarithms(tmp_path: Path) -> None:
@@ -120,6 +120,61 @@ def test_broken_and_short_runs_are_left_out_and_named(tmp_path: Path) -> None:
     assert ("u8k", "ar") not in rows
     assert rows["u32k", "masked"][-1] == "800"
     assert rows["u8k", "masked"][-1] == "1,600"
+
+
+def test_the_lowest_is_that_of_the_mean_up_to_where_all_seeds_have_been(tmp_path: Path) -> None:
+    """Seeds are lowest at 400 and at 800 with 3.5: their mean is lowest in between, and higher."""
+
+    def seeds(place: Any) -> list[dict[str, Any]]:
+        best, steps = (400, 1600) if place["seed"] == "s1" else (800, 1200)
+        return curve(lambda s: 3.5 + (s - best) ** 2 / 1e6, num_steps=steps)
+
+    study, results = made_study({"seed": labels("s1", "s2")}, seeds)
+    drawn = draw(CurvesSpec(x="step"), results, study, tmp_path / "f")
+    assert drawn.rows[0][3:5] == ("3.540", "600")
+    assert drawn.notes[-1] == (
+        "s2 ends at 1,200, others go on to 1,600; their mean ends with the first."
+    )
+
+
+def test_a_seed_that_has_just_begun_does_not_make_a_lowest_of_the_others(tmp_path: Path) -> None:
+    def begun(place: Any) -> list[dict[str, Any]]:
+        steps = 1600 if place["seed"] == "s1" else 120
+        return curve(lambda s: 5 - s / 1000, num_steps=steps)
+
+    study, results = made_study({"seed": labels("s1", "s2")}, begun)
+    drawn = draw(CurvesSpec(x="step"), results, study, tmp_path / "f")
+    assert drawn.rows[0][3:] == ("4.880", "120", "4.880", "120")
+
+
+def test_seeds_without_common_x_are_left_out_and_named(tmp_path: Path) -> None:
+    def apart(place: Any) -> list[dict[str, Any]]:
+        rows = u_shaped(place)
+        if (place["unique"], place["objective"]) != ("u8k", "ar"):
+            return rows
+        return rows[:10] if place["seed"] == "s1" else rows[20:]
+
+    study, results = made_study(AXES, apart)
+    spec = CurvesSpec(lines="objective", panels="unique", x="step")
+    drawn = draw(spec, results, study, tmp_path / "f")
+    said = "Left out: u8k_ar_s1 ends at 400 and u8k_ar_s2 begins at 840: no x in common."
+    assert [row[:2] for row in drawn.rows] == [
+        *(("u8k", "masked"), ("u32k", "ar"), ("u32k", "masked"))
+    ]
+    assert drawn.notes[-1] == said
+    only = {"unique": ("u8k",), "objective": ("ar",)}
+    with pytest.raises(ValueError, match=rf"run the study further\. {said}"):
+        draw(CurvesSpec(x="step", only=only), results, study, tmp_path / "g")
+
+
+def test_the_best_accuracy_is_the_highest(tmp_path: Path) -> None:
+    study, results = made_study(
+        {"seed": labels("s1")}, lambda place: curve(lambda s: 0.5 - ((s - 800) / 2000) ** 2)
+    )
+    drawn = draw(CurvesSpec(x="step", higher_is_better=True), results, study, tmp_path / "f")
+    row = dict(zip(drawn.header, drawn.rows[0], strict=True))
+    assert (row["highest"], row["at"]) == ("0.500", "800")
+    assert "Curves are not smoothed; rings mark the highest mean." in drawn.notes
 
 
 def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from made_results import curve, labels, made_study
 
+from megatron_dlm.scaling.figures.drawn import in_short
 from megatron_dlm.scaling.figures.families import (
     Grouping,
     bound_note,
@@ -18,9 +19,10 @@ from megatron_dlm.scaling.figures.families import (
     mean_over_seeds,
     members_of,
     refuse_twins,
+    smoothing_words,
 )
 from megatron_dlm.scaling.figures.scales import is_logarithmic, legend_above, short_tick
-from megatron_dlm.scaling.figures.style import new_panels, save
+from megatron_dlm.scaling.figures.style import look, new_panels, save
 
 AXES = {
     "width": labels("w64", "w128"),
@@ -64,6 +66,36 @@ def test_numbers_are_labels_too() -> None:
     study, results = made_study(axes, flat)
     members = members_of(results, study, Grouping(lines="optimizer.lr"))
     assert [member.line for member in members] == ["0.001", "0.002"]
+
+
+def test_numbers_have_the_digits_that_they_need_to_differ() -> None:
+    """With three digits these would be one line each: a mean of runs that are no seeds."""
+    sizes = {"a": 12_300_000, "b": 12_340_000, "c": 1024, "d": 999.6}
+    study, results = made_study(
+        {"size": {name: {"model.size": size} for name, size in sizes.items()}}, flat
+    )
+
+    def lines(*chosen: str) -> list[str]:
+        grouping = Grouping(lines="model.size", only={"size": chosen})
+        return [member.line for member in members_of(results, study, grouping)]
+
+    assert lines("a", "b") == ["12.3M", "12.34M"]
+    assert lines("b", "c", "d") == ["12.3M", "1,024", "1,000"]
+    assert lines("c", "d") == ["1,024", "1,000"]
+    rates = {"a": 0.0012341, "b": 0.0012344}
+    study, results = made_study(
+        {"rate": {name: {"optimizer.lr": rate} for name, rate in rates.items()}}, flat
+    )
+    members = members_of(results, study, Grouping(panels="optimizer.lr"))
+    assert [member.panel for member in members] == ["0.0012341", "0.0012344"]
+    refuse_twins(members, study, lambda member: member.panel)
+
+
+def test_truth_is_a_label_and_no_number() -> None:
+    axes = {"tied": {"yes": {"model.tied": True}, "one": {"model.tied": 1}}}
+    study, results = made_study(axes, flat)
+    members = members_of(results, study, Grouping(lines="model.tied"))
+    assert [member.line for member in members] == ["True", "1"]
 
 
 def test_runs_that_share_a_place_are_refused_with_the_axis_to_blame() -> None:
@@ -146,6 +178,30 @@ def test_notes_say_what_is_a_bound() -> None:
     assert "All losses are upper bounds" in note("nelbo")[0], "what all runs share is no column"
 
 
+def test_smoothing_is_a_factor_of_x_and_a_width_of_its_logarithm() -> None:
+    words = "a factor of 1.65 in tokens (a Gaussian with a standard deviation of 0.5 in ln tokens)"
+    assert smoothing_words(0.5, "tokens") == words
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        *((999.4, "999"), (999.6, "1,000"), (1000, "1,000"), (8192, "8,192"), (0.0123, "0.0123")),
+        *((26.416, "26.4"), (9_994_999, "9,994,999"), (9_999_999, "10M"), (12_345_678, "12.3M")),
+        *((1.2e-5, "1.2e-5"), (6.02e21, "6.02e21"), (0, "0"), (-1600, "-1,600")),
+    ],
+)
+def test_words_are_short(value: float, words: str) -> None:
+    assert in_short(value) == words
+
+
+def test_more_digits_tell_more_numbers_apart() -> None:
+    assert (in_short(1234.4), in_short(1234.4, 5), in_short(26.416, 4)) == (
+        *("1,234", "1,234.4", "26.42"),
+    )
+    assert (short_tick(12_345_678, 4), short_tick(3.2124e-4, 4)) == ("12.35M", "3.212e-4")
+
+
 @pytest.mark.parametrize(
     ("value", "tick"),
     [
@@ -155,6 +211,13 @@ def test_notes_say_what_is_a_bound() -> None:
 )
 def test_ticks_are_short(value: float, tick: str) -> None:
     assert short_tick(value) == tick
+
+
+def test_seven_lines_have_seven_colors_and_markers_and_many_differ_in_both() -> None:
+    looks = [look(number) for number in range(42)]
+    for key in ("color", "marker", "linestyle"):
+        assert len({each[key] for each in looks[:7]}) == 7, key
+    assert len({(each["color"], each["marker"]) for each in looks}) == 42
 
 
 def test_logarithms_where_numbers_span_much() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,48 @@ def test_ranges_that_a_seed_lacks_are_left_out(tmp_path: Path) -> None:
     drawn = draw(spec, results, study, tmp_path / "f")
     assert drawn.header[3] == "noise 0.05 to 0.1"
     assert drawn.rows[0][3] == "1.800"
+
+
+def buckets(edges: tuple[float, ...], value: float) -> dict[str, float]:
+    """Columns of these ranges; 0, 0.5, 1 are two."""
+    return {f"nll_at_noise_{low:.4g}-{high:.4g}": value + high for low, high in pairwise(edges)}
+
+
+def test_seeds_without_a_common_range_are_left_out_and_named(tmp_path: Path) -> None:
+    def unlike(place: Any) -> list[dict[str, Any]]:
+        rows = curve(lambda s: 3.0 + 0 * s, num_steps=80)
+        is_odd = (place["objective"], place["seed"]) == ("hybrid", "s2")
+        edges = (0.0, 0.3, 0.6, 1.0) if is_odd else (0.0, 0.25, 0.5, 0.75, 1.0)
+        return [{**row, **buckets(edges, 1.0)} for row in rows]
+
+    study, results = made_study(AXES, unlike)
+    spec = NoiseProfileSpec(lines="objective", only={"objective": ("masked", "hybrid")})
+    drawn = draw(spec, results, study, tmp_path / "f")
+    assert [row[1] for row in drawn.rows] == ["masked"]
+    said = "Left out, for they share no range of the noise: hybrid_s1, hybrid_s2."
+    assert drawn.notes[-1] == said
+    alone = NoiseProfileSpec(lines="objective", only={"objective": ("hybrid",)})
+    with pytest.raises(ValueError, match=f"no run has a noise profile at its last step. {said}"):
+        draw(alone, results, study, tmp_path / "g")
+
+
+def test_lines_of_other_ranges_have_columns_of_their_own(tmp_path: Path) -> None:
+    grids = {"masked": tuple(place / 10 for place in range(11)), "hybrid": (0.0, 0.5, 1.0)}
+
+    def unlike(place: Any) -> list[dict[str, Any]]:
+        rows = curve(lambda s: 3.0 + 0 * s, num_steps=80)
+        return [{**row, **buckets(grids[place["objective"]], 1.0)} for row in rows]
+
+    study, results = made_study({"objective": labels("masked", "hybrid")}, unlike)
+    drawn = draw(NoiseProfileSpec(lines="objective"), results, study, tmp_path / "f")
+    rows = [dict(zip(drawn.header, row, strict=True)) for row in drawn.rows]
+    assert rows[0] == {
+        **{"panel": "", "line": "masked", "seeds": "1"},
+        **{"noise 0 to 0.1": "1.100", "noise 0.5 to 0.6": "1.600", "noise 0.9 to 1": "2.000"},
+        **{"noise 0 to 0.5": "", "noise 0.5 to 1": "", "mean over the noise": "1.550"},
+    }
+    assert (rows[1]["noise 0 to 0.5"], rows[1]["noise 0.5 to 1"]) == ("1.500", "2.000")
+    assert rows[1]["noise 0.5 to 0.6"] == ""
 
 
 def test_missing_profiles_are_errors(tmp_path: Path) -> None:
