@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dlm.config.checks import require, require_positive
+from megatron_dlm.config.checks import require
 from megatron_dlm.config.hardware import GPUS
 from megatron_dlm.config.schema import RunConfig
 
@@ -43,12 +44,14 @@ class ScalingFitConfig:
     budgets: list[float] = field(default_factory=list)
     """isoflop: compute budgets in FLOPs at which curves are read; default: num_budgets."""
     num_budgets: int = 6
-    """isoflop: so many budgets, evenly in logarithms, where the curves of three sizes overlap."""
+    """isoflop: so many budgets, evenly in logarithms, where the curves of four sizes overlap (or of
+    three, with two runs each)."""
     models: Literal["all", "best"] = "all"
     """isoflop: all runs count alike, or of each size only the best at a budget (for grids of batch
     sizes and learning rates)."""
     weighting: Literal["equal", "precision"] = "equal"
-    """isoflop: the optima of all budgets count alike, or by how sure each is."""
+    """isoflop: the optima of all budgets count alike, or by how well the sizes of each surround
+    it."""
     num_levels: int = 5
     """batch: losses at which the batch sizes are compared."""
     x: str | None = None
@@ -67,7 +70,8 @@ class ScalingFitConfig:
             self.resamples >= 100,
             f"resamples is {self.resamples}; an interval needs 100 or more",
         )
-        require_positive("scaling fit", {f"budgets {b:g}": b for b in self.budgets})
+        for budget in self.budgets:
+            require(budget > 0, f"budgets has {budget:g}; a budget must be greater than 0")
         for name in ("num_budgets", "num_levels"):
             value = getattr(self, name)
             require(value >= 2, f"{name} is {value}; it must be at least 2")
@@ -83,6 +87,8 @@ class ScalingFitConfig:
             "x": ("power", None),
             "y": ("power", None),
             "budgets": ("isoflop", []),
+            "num_budgets": ("isoflop", 6),
+            "num_levels": ("batch", 5),
             "models": ("isoflop", "all"),
             "weighting": ("isoflop", "equal"),
         }
@@ -92,6 +98,10 @@ class ScalingFitConfig:
                 self.law == law or value == default,
                 f"{name} is {value}, but the law {self.law} does not use it; only {law} does",
             )
+        require(
+            not self.budgets or self.num_budgets == 6,
+            f"num_budgets is {self.num_budgets}, but budgets names them; leave one of them out",
+        )
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,7 @@ class ScalingRecommendConfig:
         }
         for name, value in numbers.items():
             require(value > 0, f"{name} is {value:g}; it must be greater than 0")
+            require(math.isfinite(value), f"{name} is {value:g}; give a finite number")
         require(
             self.convention != "fine" or bool(self.laws),
             "no published law counts FLOPs as fine does; give --laws fitted under it, or another "
@@ -146,7 +157,7 @@ class ScalingFlopsConfig(RunConfig):
     """Share of its peak that training reaches."""
     gpu_watts: float | None = None
     """Draw of one GPU with its share of the machine; given, energy is reckoned."""
-    report: str | None = None
+    output: str | None = None
     """Also write every number to this JSON file."""
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -45,6 +46,8 @@ class Recommendation:
     notes: tuple[str, ...]
     is_published: bool
     """By laws of papers, not by files of `scaling fit`."""
+    measured_epochs: float | None = None
+    """The most epochs that the law of the sizes was measured on; None where it is published."""
 
     def with_numbers(self, numbers: Mapping[str, Advice], *notes: str) -> Recommendation:
         """The same with more numbers."""
@@ -58,6 +61,11 @@ class Choice:
     objective: str | None
     """None where nothing at hand decides."""
     reasons: tuple[str, ...]
+
+
+def is_autoregressive(objective: str) -> bool:
+    """Whether the first word of a label is ar or autoregressive: its loss is exact, not a bound."""
+    return re.split(r"[^a-z]", objective.lower(), maxsplit=1)[0] in ("ar", "autoregressive")
 
 
 def decades_outside(value: float, low: float, high: float) -> float:

@@ -39,7 +39,7 @@ def flops_per_token(parameters: float, convention: str, seq_length: int) -> floa
 def parameters_of(per_token: float, convention: str, seq_length: int) -> float:
     """The size with so many training FLOPs per token; inverse of `flops_per_token`."""
     low, high = per_token / 6 / (1 + seq_length), per_token / 6
-    for _ in range(100):
+    for _ in range(56):
         middle = float(np.sqrt(low * high))
         if flops_per_token(middle, convention, seq_length) > per_token:
             high = middle

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from megatron_dlm.config.scaling_commands import ScalingFitConfig
 from megatron_dlm.scaling.fit_laws import fit_runs
-from megatron_dlm.scaling.law_file import Fit, LawFile, Source, write_law
+from megatron_dlm.scaling.law_file import Fit, LawFile, Setting, Source, write_law
 from megatron_dlm.scaling.measured_runs import MeasuredRun, measured_runs
 
 FORMULAS = {
@@ -35,6 +35,7 @@ def fit_scaling(config: ScalingFitConfig) -> None:
     for label in dict.fromkeys(run.label for run in runs):
         of_label = [run for run in runs if run.label == label]
         try:
+            _refuse_mixed(config, of_label)
             fits.append(fit_runs(config, label, of_label))
         except ValueError as error:
             if not config.by:
@@ -52,12 +53,27 @@ def fit_scaling(config: ScalingFitConfig) -> None:
         raise ValueError(f"{output} holds the others and no law of {faults}")
 
 
+def _refuse_mixed(config: ScalingFitConfig, runs: Sequence[MeasuredRun]) -> None:
+    """Losses of two objectives are no one law: the bound of diffusion lies above the loss of AR."""
+    if config.law == "power" and config.y is not None:
+        return
+    for column in ("objective.kind", "objective"):
+        found = dict.fromkeys(str(r[column]) for run in runs for r in run.rows if r.get(column))
+        if len(found) > 1:
+            raise ValueError(
+                f"the runs are of {column} {' and '.join(found)}, which share no law of the loss; "
+                f"give --by {column}, or --only.{column} {next(iter(found))}"
+            )
+        if found:
+            return
+
+
 def _source(config: ScalingFitConfig, runs: Sequence[MeasuredRun]) -> Source:
     def values_of(column: str) -> tuple[str, ...]:
         found = {str(row[column]) for run in runs for row in run.rows if row.get(column)}
         return tuple(sorted(found))
 
-    settings: dict[str, str | float | bool | None] = {
+    settings: dict[str, Setting] = {
         "resamples": config.resamples,
         "seed": config.seed,
         "uncommitted_changes": any(row.get("uncommitted_changes") for r in runs for row in r.rows),
@@ -65,6 +81,9 @@ def _source(config: ScalingFitConfig, runs: Sequence[MeasuredRun]) -> Source:
     }
     if config.law == "isoflop":
         settings |= {"models": config.models, "weighting": config.weighting}
+        settings |= {"budgets": config.budgets, "num_budgets": config.num_budgets}
+    if config.law == "batch":
+        settings |= {"num_levels": config.num_levels}
     if config.law == "power":
         settings |= {"x": config.x, "y": config.y or config.metric}
     return Source(

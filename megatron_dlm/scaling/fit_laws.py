@@ -15,11 +15,18 @@ from megatron_dlm.scaling.isoflop import (
     budgets_of,
     fit_compute_optimal,
     lowest_models,
+    unreached,
 )
 from megatron_dlm.scaling.law_file import NUMBERS, Fit
 from megatron_dlm.scaling.measured_runs import MeasuredRun
+from megatron_dlm.scaling.minima import reasons
 from megatron_dlm.scaling.parametric import Observation, fit_law
-from megatron_dlm.scaling.power_law import fit_power_law, fit_with_intervals, r_squared
+from megatron_dlm.scaling.power_law import (
+    PowerLawFit,
+    fit_power_law,
+    fit_with_intervals,
+    r_squared,
+)
 from megatron_dlm.scaling.tuned_laws import (
     GridRun,
     TunedLaw,
@@ -36,10 +43,12 @@ def fit_runs(config: ScalingFitConfig, label: str, runs: _Runs) -> Fit:
 
 
 def _isoflop(config: ScalingFitConfig, label: str, runs: _Runs) -> Fit:
-    budgets = config.budgets or budgets_of(_curves(runs, "flops_per_token"), config.num_budgets)
-    # Both share the runs and the seed: a row of one is the same resample as that of the other.
-    main = _compute_optimal(config, runs, "flops_per_token", budgets)
-    by_parameters = _compute_optimal(config, runs, "parameters", budgets)
+    curves = _curves(runs, "flops_per_token")
+    budgets = config.budgets or budgets_of(
+        [curves], config.num_budgets, one_per_size=config.models == "best"
+    )
+    silent = unreached(at_budgets(curves, budgets), budgets)
+    main, by_parameters, left_out = _both_sizes(config, runs, budgets, silent)
     laws = {
         "flops_per_token": (main.size, main.drawn["size"]),
         "tokens": (main.data, main.drawn["data"]),
@@ -72,8 +81,33 @@ def _isoflop(config: ScalingFitConfig, label: str, runs: _Runs) -> Fit:
         goodness=goodness,
         ranges=_ranges(runs) | {"training_flops": (float(compute.min()), float(compute.max()))},
         points=points,
-        notes=tuple(f"{budget:.3g} FLOPs left out: {why}" for budget, why in main.left_out.items()),
+        notes=tuple(f"{b:.3g} FLOPs left out: {why}" for b, why in sorted(left_out.items())),
     )
+
+
+def _both_sizes(
+    config: ScalingFitConfig, runs: _Runs, budgets: Sequence[float], left_out: dict[float, str]
+) -> tuple[ComputeOptimal, ComputeOptimal, dict[float, str]]:
+    """Laws in FLOPs per token and in parameters, and the budgets that are left out, with why.
+
+    A budget that has a best size in one of them only is left out of both: they then share the runs
+    and the seed, and a row of one is the same resample as that of the other.
+    """
+    kept = [budget for budget in budgets if budget not in left_out]
+    if len(kept) < 2:
+        why = reasons({f"{budget:.3g} FLOPs": left_out[budget] for budget in sorted(left_out)})
+        raise ValueError(f"{len(kept)} budgets are left; laws need two: {why}")
+    main, by_parameters = (
+        _compute_optimal(config, runs, size, kept) for size in ("flops_per_token", "parameters")
+    )
+    found = left_out | {
+        budget: f"{why} (sizes in {unit})"
+        for law, unit in ((by_parameters, "parameters"), (main, "FLOPs per token"))
+        for budget, why in law.left_out.items()
+    }
+    if main.left_out.keys() == by_parameters.left_out.keys():
+        return main, by_parameters, found
+    return _both_sizes(config, runs, budgets, found)
 
 
 def _compute_optimal(
@@ -139,15 +173,7 @@ def _power(config: ScalingFitConfig, label: str, runs: _Runs) -> Fit:
     x = [run.fact(config.x) for run in runs]
     y = [run.loss if config.y is None else run.fact(config.y) for run in runs]
     found = fit_with_intervals(x, y, count=config.resamples, seed=config.seed)
-    return _fit(
-        config,
-        label,
-        runs,
-        values=[found.law.coefficient, found.law.exponent],
-        drawn=found.drawn,
-        goodness={"r_squared": found.r_squared},
-        ranges=_ranges(runs) | {config.x: _ends(x)},
-    )
+    return _line(config, label, runs, found, ranges={config.x: _ends(x)})
 
 
 def _batch(config: ScalingFitConfig, label: str, runs: _Runs) -> Fit:
@@ -188,7 +214,27 @@ def _grid(runs: _Runs, *, needs_rates: bool) -> list[GridRun]:
 def _tuned(
     config: ScalingFitConfig, label: str, runs: _Runs, found: TunedLaw, names: tuple[str, str]
 ) -> Fit:
-    x, best = zip(*found.points, strict=True)
+    return _line(
+        config,
+        label,
+        runs,
+        found,
+        ranges=dict(zip(names, map(_ends, zip(*found.points, strict=True)), strict=True)),
+        points=tuple(dict(zip(names, point, strict=True)) for point in found.points),
+        notes=tuple(f"left out: {name}" for name in found.left_out),
+    )
+
+
+def _line(
+    config: ScalingFitConfig,
+    label: str,
+    runs: _Runs,
+    found: PowerLawFit,
+    *,
+    ranges: dict[str, tuple[float, float]],
+    points: tuple[Mapping[str, float], ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Fit:
     return _fit(
         config,
         label,
@@ -196,9 +242,9 @@ def _tuned(
         values=[found.law.coefficient, found.law.exponent],
         drawn=found.drawn,
         goodness={"r_squared": found.r_squared},
-        ranges=_ranges(runs) | {names[0]: _ends(x), names[1]: _ends(best)},
-        points=tuple(dict(zip(names, point, strict=True)) for point in found.points),
-        notes=tuple(f"left out: {name}" for name in found.left_out),
+        ranges=_ranges(runs) | ranges,
+        points=points,
+        notes=notes,
     )
 
 

@@ -22,7 +22,8 @@ class TrainingFlops:
     """FLOPs of training on one token."""
 
     six_n: float
-    """6N: N all parameters that a token meets, embeddings included (Kaplan et al. 2020, Quokka)."""
+    """6N: N all parameters that a token meets, embeddings included (Quokka, Hoffmann et al.
+    2022; the N of Kaplan et al. 2020 is without them)."""
     six_p_and_attention: float
     """6P + 12 L a S: P without embeddings, attention over all S keys ("Scaling Behavior of Discrete
     Diffusion Language Models" section 4; a is the width of all heads)."""

@@ -24,7 +24,7 @@ from megatron_dlm.scaling.flops import (
 from megatron_dlm.scaling.plan_run import make_plan
 
 _MEANING = {
-    "six_n": "6 x all parameters that a token meets (Kaplan et al. 2020, Quokka)",
+    "six_n": "6 x all parameters that a token meets (Quokka, Hoffmann et al. 2022)",
     "six_p_and_attention": "6 x parameters without embeddings + 12 L d S (SBD)",
     "fine": "every matrix product: output layer on scored slots, attention on the keys it sees",
 }
@@ -78,7 +78,7 @@ def flops_scaling(config: ScalingFlopsConfig) -> None:
         for tokens in config.new_tokens
         for steps in (None, *config.num_steps)
     ]
-    if config.report is not None:
+    if config.output is not None:
         _write(config, per_token, training, generation)
     _tell(config, per_token, training, generation)
 
@@ -117,8 +117,8 @@ def _write(
         "prompt_tokens": config.prompt_tokens,
         "assumptions": list(_ASSUMED),
     }
-    assert config.report is not None
-    write_whole(Path(config.report), json.dumps(content, indent=1) + "\n")
+    assert config.output is not None
+    write_whole(Path(config.output), json.dumps(content, indent=1) + "\n")
 
 
 def _tell(

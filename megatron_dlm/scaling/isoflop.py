@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from megatron_dlm.scaling.bootstrap import Estimate, Floats, intervals
-from megatron_dlm.scaling.minima import Minima, Point, find_minima, reasons
+from megatron_dlm.scaling.minima import Minima, Point, find_minima, is_judged, reasons
 from megatron_dlm.scaling.power_law import PowerLaw, lines
 
 NAMES = ("size", "data", "loss")
@@ -84,7 +85,8 @@ class ComputeOptimal:
     drawn: dict[str, Floats]
     """The same names -> [resamples, 2]: coefficient and exponent of every resample."""
     left_out: dict[float, str]
-    """Budgets without a best size among those trained, and why."""
+    """Budgets without a best size that counts, and why: it lies outside of those trained, or too
+    few runs judge it."""
 
 
 def optima_of(models: Sequence[Trained]) -> tuple[tuple[Optimum, ...], dict[float, str]]:
@@ -98,8 +100,9 @@ def fit_compute_optimal(
 ) -> ComputeOptimal:
     """Power laws through the optima; intervals by a wild bootstrap over the runs.
 
-    weighted: every optimum counts by how sure it is (1 / variance of its logarithm over resamples),
-    instead of all alike. Raises ValueError where fewer than two budgets have an optimum.
+    weighted: every optimum counts by how well the sizes of its budget surround it (1 / variance of
+    its logarithm, with one noise for all runs: that of a few runs is not known well enough to weigh
+    by), instead of all alike. Raises ValueError where fewer than two budgets have an optimum.
     """
     minima = find_minima(_points(models), count=count, seed=seed)
     if len(minima.groups) < 2:
@@ -111,11 +114,12 @@ def fit_compute_optimal(
     log_compute = np.log(minima.groups)
     values = np.log([[optimum.size, optimum.data, optimum.loss_nats] for optimum in optima])
     drawn_values = _drawn_values(minima, token_lines)
+    weights = np.ones((len(NAMES), len(optima)))
+    if weighted:
+        of_size, of_loss = 1 / minima.variances
+        weights = np.stack([of_size, of_size, of_loss * minima.values**2])
     fits, drawn = {}, {}
-    for place, name in enumerate(NAMES):
-        weight = np.ones(len(optima))
-        if weighted:
-            weight = 1 / np.nanvar(drawn_values[place], axis=0).clip(min=1e-24)
+    for place, (name, weight) in enumerate(zip(NAMES, weights, strict=True)):
         fits[name] = lines(log_compute, values[None, :, place], weight)[0]
         drawn[name] = lines(log_compute, drawn_values[place], weight)
     size, data, loss = (PowerLaw(float(fits[name][0]), float(fits[name][1])) for name in NAMES)
@@ -142,6 +146,12 @@ def at_budgets(curves: Sequence[TrainingCurve], budgets: Sequence[float]) -> lis
     return found
 
 
+def unreached(models: Sequence[Trained], budgets: Sequence[float]) -> dict[float, str]:
+    """The budgets without any model, with that as the reason."""
+    reached = {model.compute_flops for model in models}
+    return {budget: "no run has a loss there" for budget in budgets if budget not in reached}
+
+
 def lowest_models(models: Sequence[Trained]) -> list[Trained]:
     """Of every size at every budget the model with the lowest loss, whatever else differs."""
     best: dict[tuple[float, float], Trained] = {}
@@ -150,24 +160,40 @@ def lowest_models(models: Sequence[Trained]) -> list[Trained]:
     return list(best.values())
 
 
-def budgets_of(curves: Sequence[TrainingCurve], count: int) -> list[float]:
-    """`count` budgets, evenly in logarithms, over the range where three sizes or more have a loss.
+def budgets_of(
+    lines: Sequence[Sequence[TrainingCurve]], count: int, *, one_per_size: bool = False
+) -> list[float]:
+    """`count` budgets, evenly in logarithms, at all of which the curves of every line judge a
+    parabola.
 
-    Raises ValueError where there is no such range.
+    That takes four sizes, or three of two runs each (`is_judged`); one_per_size: of the runs of a
+    size only one will count. Where no range has so many it is that of three sizes, whose parabolas
+    can be drawn and not judged. Raises ValueError where there is none either.
     """
-    ends = [(c.size, c.compute_flops[0] * (1 - _SAME), c.compute_flops[-1]) for c in curves]
+    ends = [
+        [(curve.size, *np.log(curve.compute_flops[[0, -1]]).tolist()) for curve in curves]
+        for curves in lines
+    ]
+    marks = sorted({mark for curves in ends for _, *both in curves for mark in both})
+    spans = [(low, high) for low, high in pairwise(marks) if high - low > _SAME]
 
-    def is_covered(budget: float) -> bool:
-        return len({size for size, low, high in ends if low <= budget <= high * (1 + _SAME)}) >= 3
+    def sizes_at(log_budget: float) -> list[list[float]]:
+        found = [[size for size, *both in each if both[0] < log_budget < both[1]] for each in ends]
+        return [sorted(set(sizes)) if one_per_size else sizes for sizes in found]
 
-    known = sorted(end for _, low, high in ends for end in (low, high) if is_covered(end))
-    if not known or known[0] >= known[-1]:
-        raise ValueError(
-            "no range of compute is covered by the curves of three sizes; train the small ones "
-            "longer, or report more often"
-        )
-    grid = np.geomspace(known[0] * (1 + _SAME), known[-1], count)
-    return [float(budget) for budget in grid if is_covered(float(budget))]
+    for is_enough in (is_judged, lambda sizes: len(set(sizes)) >= 3):
+        covered = np.array([s for s in spans if all(map(is_enough, sizes_at(sum(s) / 2)))])
+        if len(covered):
+            # Every span follows the one before without a gap, and has its share of the budgets.
+            starts = np.concatenate([[0], np.cumsum(covered[:, 1] - covered[:, 0])])
+            places = np.linspace(0, starts[-1], count)
+            span = np.searchsorted(starts[:-1], places, side="right") - 1
+            return [float(b) for b in np.exp(covered[span, 0] + places - starts[span])]
+    raise ValueError(
+        "no range of compute is covered by the curves of three sizes"
+        + (" in every line" if len(lines) > 1 else "")
+        + "; train the small ones longer, report more often, or name the budgets"
+    )
 
 
 def _points(models: Sequence[Trained]) -> list[Point]:

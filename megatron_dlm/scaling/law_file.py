@@ -29,6 +29,8 @@ NUMBERS: dict[str, tuple[str, ...]] = {
 }
 """Law -> the names of its numbers, in the order of the columns of `drawn`."""
 
+Setting = str | float | bool | None | list[float]
+
 CONVENTIONS = ("six_n", "six_p_and_attention", "fine")
 
 
@@ -46,7 +48,7 @@ class Source:
     """How FLOPs are counted: six_n, six_p_and_attention or fine."""
     parameters: str
     """What the size is: without_embeddings or all."""
-    settings: Mapping[str, str | float | bool | None]
+    settings: Mapping[str, Setting]
     """Other settings of the command that made it."""
 
 

@@ -10,15 +10,16 @@ from megatron_dlm.config.scaling_commands import ScalingFitConfig
 from megatron_dlm.scaling.bootstrap import Floats
 from megatron_dlm.scaling.results import Results, Row, curve_of, number, read_results
 
-_PARAMETERS = {
+PARAMETERS_COLUMNS = {
     "without_embeddings": "num_parameters_without_embeddings",
     "all": "num_parameters",
 }
-_FLOPS_PER_TOKEN = {
+FLOPS_COLUMNS = {
     "six_n": "flops_per_token_six_n",
     "six_p_and_attention": "flops_per_token_six_p_and_attention",
     "fine": "training_flops_per_token",
 }
+"""Convention -> column of FLOPs per token."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ def _chosen(results: Results, config: ScalingFitConfig) -> Results:
 
 
 def _is(value: object, text: str) -> bool:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        return str(value).lower() == text.lower()
+    if isinstance(value, (int, float)):
         try:
             return float(text) == value
         except ValueError:
@@ -140,8 +143,8 @@ def _measured(
         tokens=curve.x,
         losses=curve.y,
         scored=len(known) - 1 if config.score == "last" else int(curve.y.argmin()),
-        parameters_column=_PARAMETERS[config.parameters],
-        flops_column=_FLOPS_PER_TOKEN[config.convention],
+        parameters_column=PARAMETERS_COLUMNS[config.parameters],
+        flops_column=FLOPS_COLUMNS[config.convention],
     )
 
 

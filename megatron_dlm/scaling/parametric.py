@@ -21,7 +21,6 @@ _MAX_STARTS = 256
 _FIRST_STEPS = 25
 _FINALISTS = 16
 _SAME = 1e-6
-_EPOCHS = np.geomspace(1.0, 1e5, 2001)
 
 
 @dataclass(frozen=True)
@@ -64,19 +63,6 @@ class ParametricFit:
 def losses(law: Law, theta: Floats, run: tuple[float, float, float]) -> Floats:
     """Losses [...] in nats that theta [..., k] predict for (parameters, unique tokens, epochs)."""
     return np.exp(law.log_loss(theta, np.log([run]))[0][..., 0])
-
-
-def best_epochs(law: Law, theta: Floats, parameters: float, unique_tokens: float) -> Floats:
-    """Epochs [...] with the lowest loss that theta [..., k] predict; infinity where it only falls.
-
-    Searched between 1 and 100,000, to half a percent.
-    """
-    ones = np.ones_like(_EPOCHS)
-    runs = np.log(np.stack([parameters * ones, unique_tokens * ones, _EPOCHS], axis=1))
-    values = law.log_loss(theta, runs)[0]
-    # A law that only falls is flat in the end, up to rounding.
-    turns_up = values[..., -1] - values.min(axis=-1) > 1e-9
-    return np.where(turns_up, _EPOCHS[values.argmin(axis=-1)], np.inf)
 
 
 def fit_law(

@@ -27,10 +27,6 @@ class PowerLaw:
         """y at x > 0."""
         return float(self.coefficient * x**self.exponent)
 
-    def inverse(self, y: float) -> float:
-        """The x with this y."""
-        return float((y / self.coefficient) ** (1 / self.exponent))
-
     def __str__(self) -> str:
         return f"{self.coefficient:.4g} x^{self.exponent:.4g}"
 

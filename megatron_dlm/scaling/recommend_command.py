@@ -15,18 +15,18 @@ from megatron_dlm.config.scaling_commands import ScalingRecommendConfig
 from megatron_dlm.runtime.files import write_whole
 from megatron_dlm.scaling.advice import Advice, Choice, Question, Recommendation
 from megatron_dlm.scaling.published import NOISE_TYPES
+from megatron_dlm.scaling.recommend_choice import choose_fitted, choose_published
 from megatron_dlm.scaling.recommend_fitted import (
-    choose_fitted,
+    SIZES,
+    NamedFit,
     read_laws,
     recommend_fitted,
+    size_laws,
     without_law,
 )
-from megatron_dlm.scaling.recommend_published import (
-    choose_published,
-    recommend_autoregressive,
-    recommend_diffusion,
-    tuning,
-)
+from megatron_dlm.scaling.recommend_limits import within_reach
+from megatron_dlm.scaling.recommend_published import recommend_autoregressive, recommend_diffusion
+from megatron_dlm.scaling.recommend_tuning import tuned, tuning_law
 from megatron_dlm.scaling.short_numbers import with_unit
 
 _ROWS = {
@@ -46,20 +46,16 @@ def recommend_scaling(config: ScalingRecommendConfig) -> None:
     """Print the recommendations; ValueError for a law that cannot be used."""
     question = Question(config.unique_tokens, config.flops, config.convention, config.seq_length)
     laws = read_laws(config.laws, question)
-    fitted = recommend_fitted(question, laws)
-    recommendations = [_filled(each) for each in fitted]
-    if config.convention != "fine":  # no paper counts so
-        own = {each.objective for each in recommendations}
-        names = [config.noise_type] if config.noise_type else list(NOISE_TYPES)
-        published = [recommend_autoregressive(question)]
-        published += [recommend_diffusion(question, name) for name in names]
-        recommendations += [each for each in published if each.objective not in own]
-    choices = choose(question, recommendations)
+    plans = _plans(config, question, laws)
+    recommendations = [_answer(plan, laws) for plan in plans]
+    missing, set_aside = without_law(laws), unused(laws, [plan.objective for plan in plans])
+    choices = choose(question, recommendations, config.noise_type or "masked")
     content = {
         "question": asdict(question),
         "choices": [asdict(choice) for choice in choices],
         "recommendations": [asdict(each) for each in recommendations],
-        "without_law": without_law(laws),
+        "without_law": missing,
+        "unused_laws": set_aside,
         "assumptions": assumptions(question),
     }
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -68,30 +64,59 @@ def recommend_scaling(config: ScalingRecommendConfig) -> None:
     if config.json:
         print(text, end="")
     else:
-        _tell(question, recommendations, choices, without_law(laws))
+        _tell(question, recommendations, choices, [*missing, *set_aside])
 
 
-def _filled(recommendation: Recommendation) -> Recommendation:
-    """With the published batch and rate where no file had a law of them."""
-    numbers = recommendation.numbers
-    if "learning_rate" in numbers:
-        return recommendation
-    batch = numbers.get("batch_tokens")
-    known = tuning(numbers["tokens"].value, None if batch is None else batch.value)
-    return recommendation.with_numbers(known)
+def _plans(
+    config: ScalingRecommendConfig, question: Question, laws: Sequence[NamedFit]
+) -> list[Recommendation]:
+    """Sizes by the files, and by papers for the other objectives."""
+    plans = recommend_fitted(question, laws)
+    if config.convention != "fine":  # no paper counts so
+        own = {plan.objective for plan in plans}
+        names = [config.noise_type] if config.noise_type else list(NOISE_TYPES)
+        published = [recommend_autoregressive(question)]
+        published += [recommend_diffusion(question, name) for name in names]
+        plans += [plan for plan in published if plan.objective not in own]
+    if not plans:
+        raise ValueError(
+            f"no law of {', '.join(config.laws)} recommends a size, and no paper counts FLOPs as "
+            f"fine does; give a law {', '.join(SIZES)}, or another --convention"
+        )
+    return plans
 
 
-def choose(question: Question, recommendations: Sequence[Recommendation]) -> list[Choice]:
+def _answer(plan: Recommendation, laws: Sequence[NamedFit]) -> Recommendation:
+    """With batch and rate, where the plan has a length; without what no law can say."""
+    known = within_reach(plan)
+    return within_reach(tuned(known, laws)) if "tokens" in known.numbers else known
+
+
+def unused(laws: Sequence[NamedFit], objectives: Sequence[str]) -> list[str]:
+    """A line for every law that no number rests on."""
+    sizes = size_laws(laws)
+    found = []
+    for law in laws:
+        if law.file.law in SIZES:
+            before = sizes[law.name]
+            if before is not law:
+                found.append(f"{law.law}, of {law.name}, is not used: {before.law} stands before")
+        elif all(tuning_law(laws, law.file.law, each) is not law for each in objectives):
+            of_whom = law.label or "all runs"
+            plans = ", ".join(objectives)
+            found.append(f"{law.law}, of {of_whom}, is not used: no plan of {plans} needs it")
+    return found
+
+
+def choose(
+    question: Question, recommendations: Sequence[Recommendation], noise: str
+) -> list[Choice]:
     """By laws fitted to runs of one's own, then by the published crossings: where they can."""
-    by_name = {each.objective: each for each in recommendations if each.is_published}
     own = choose_fitted([each for each in recommendations if not each.is_published])
     found = [] if own is None else [own]
     if question.convention == "fine":
         return found
-    noise = next((name for name in NOISE_TYPES if name in by_name), "masked")
-    autoregressive = by_name.get("ar") or recommend_autoregressive(question)
-    diffusion = by_name.get(noise) or recommend_diffusion(question, noise)
-    return [*found, choose_published(question, diffusion, autoregressive)]
+    return [*found, choose_published(question, recommend_diffusion(question, noise))]
 
 
 def assumptions(question: Question) -> list[str]:
@@ -113,7 +138,7 @@ def _tell(
     question: Question,
     recommendations: Sequence[Recommendation],
     choices: Sequence[Choice],
-    missing: Sequence[str],
+    without_use: Sequence[str],
 ) -> None:
     console = Console()
     console.print(
@@ -126,8 +151,9 @@ def _tell(
         console.print(f"[bold]objective: {escape(verdict)}[/bold]", highlight=False)
         for reason in choice.reasons:
             console.print(f"  {escape(reason)}", highlight=False, soft_wrap=True)
-    console.print(_table(recommendations))
-    for line in [*_sources(recommendations), *_notes(recommendations), *missing]:
+    if any(each.numbers for each in recommendations):
+        console.print(_table(recommendations))
+    for line in [*_sources(recommendations), *_notes(recommendations), *without_use]:
         console.print(escape(line), highlight=False, soft_wrap=True)
     console.print("Assumed:", style="dim", highlight=False)
     for line in assumptions(question):
@@ -187,4 +213,4 @@ def _notes(recommendations: Sequence[Recommendation]) -> list[str]:
 
 
 def _short(number: float) -> str:
-    return with_unit(number, digits=3, below=1e15)
+    return with_unit(number, digits=3)

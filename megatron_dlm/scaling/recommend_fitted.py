@@ -1,4 +1,4 @@
-"""Recommendations by the files of `scaling fit`."""
+"""Sizes and lengths by the files of `scaling fit`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dlm.scaling.advice import Advice, Choice, Question, Recommendation, decades_outside
+from megatron_dlm.scaling.advice import Advice, Question, Recommendation, decades_outside
 from megatron_dlm.scaling.bootstrap import Floats
 from megatron_dlm.scaling.law_file import Fit, LawFile, read_law
 from megatron_dlm.scaling.parametric_laws import LAWS
+from megatron_dlm.scaling.recommend_plans import Bools, Plans
 
-_SIZES_BEYOND = 30.0
-"""Sizes are searched up to so many times beyond those measured."""
-_NUM_SIZES = 200
-_NUM_EPOCHS = 80
+SIZES = ("overfitted", "repeated", "isoflop", "chinchilla")
+"""Laws that recommend a size; those that know of repeated data stand before the others."""
+_FRESH = ("isoflop", "chinchilla")
+"""Laws that count a token that is seen again as a new one."""
+_TAIL = 0.025
+SLACK = 1.01
+"""Epochs above those measured by this factor are still the same."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,17 @@ class NamedFit:
 
     file: LawFile
     fit: Fit
-    name: str
-    """Objective: the label of the fit, or the study where it has none."""
     path: str
+
+    @property
+    def label(self) -> str:
+        """What it was fitted to: its label or the only objective; empty where that is all runs."""
+        return self.fit.label or str(self.file.source.settings.get("only.objective") or "")
+
+    @property
+    def name(self) -> str:
+        """Objective: the label, or the studies where it has none."""
+        return self.label or ", ".join(self.file.source.studies) or Path(self.path).stem
 
     @property
     def law(self) -> str:
@@ -38,6 +50,11 @@ class NamedFit:
     def measured(self) -> str:
         """On what."""
         return f"{self.fit.num_runs} runs of {', '.join(self.file.source.studies)}"
+
+    @property
+    def measured_epochs(self) -> float:
+        """The most epochs of a run; 1 where the tables do not say."""
+        return max(self.fit.ranges.get("epochs", (1.0, 1.0))[1], 1.0)
 
     def outside(self, **values: float) -> float:
         """The largest distance of a value from its measured range, in decades."""
@@ -51,12 +68,16 @@ class NamedFit:
 
 
 def read_laws(paths: Sequence[str], question: Question) -> list[NamedFit]:
-    """All fits of the files; ValueError for a file under another convention, or of no use here."""
-    found = []
+    """All fits of the files.
+
+    Raises ValueError for a file under another convention or of no use here, and for two laws that
+    answer the same question.
+    """
+    found: dict[tuple[str, str], NamedFit] = {}
     for path in paths:
         file = read_law(Path(path))
         convention = file.source.convention
-        if convention != question.convention and file.law not in ("batch", "learning_rate"):
+        if convention != question.convention and file.law in SIZES:
             raise ValueError(
                 f"{path} counts FLOPs as {convention}, and --flops as {question.convention}; give "
                 f"--convention {convention}, or fit the law with --convention {question.convention}"
@@ -67,9 +88,16 @@ def read_laws(paths: Sequence[str], question: Question) -> list[NamedFit]:
                 "nothing; give laws isoflop, chinchilla, repeated, overfitted, batch or "
                 "learning_rate"
             )
-        study = ", ".join(file.source.studies) or Path(path).stem
-        found += [NamedFit(file, fit, fit.label or study, path) for fit in file.fits]
-    return found
+        for law in (NamedFit(file, fit, path) for fit in file.fits):
+            of_whom = law.name if file.law in SIZES else law.label
+            other = found.setdefault((file.law, of_whom), law)
+            if other is not law:
+                raise ValueError(
+                    f"{path} and {other.path} both have a law {file.law} of "
+                    f"{of_whom or 'all runs'}; give one of them, or fit them with --by or "
+                    "--only.objective"
+                )
+    return list(found.values())
 
 
 def without_law(laws: Sequence[NamedFit]) -> list[str]:
@@ -82,40 +110,24 @@ def without_law(laws: Sequence[NamedFit]) -> list[str]:
     ]
 
 
+def size_laws(laws: Sequence[NamedFit]) -> dict[str, NamedFit]:
+    """Objective -> the law that recommends its size."""
+    found: dict[str, NamedFit] = {}
+    for kind in SIZES:
+        for law in laws:
+            if law.file.law == kind:
+                found.setdefault(law.name, law)
+    return found
+
+
 def recommend_fitted(question: Question, laws: Sequence[NamedFit]) -> list[Recommendation]:
-    """One for every objective that a law of sizes knows, with batch and rate where known."""
-    found: dict[str, Recommendation] = {}
-    for law in laws:
-        if law.file.law == "isoflop":
-            found.setdefault(law.name, _compute_optimal(question, law))
-    for law in laws:
-        if law.file.law in LAWS:
-            of_law = _by_parametric(question, law)
-            # It knows of repetition what a law of fresh data does not.
-            if law.name not in found or law.file.law != "chinchilla":
-                found[law.name] = of_law
-    return [_tuned(recommendation, laws) for recommendation in found.values()]
-
-
-def choose_fitted(recommendations: Sequence[Recommendation]) -> Choice | None:
-    """The lowest expected loss, where intervals do not overlap; None with fewer than two losses."""
-    known = [each for each in recommendations if "loss" in each.numbers]
-    if len(known) < 2:
-        return None
-    first, second = sorted(known, key=lambda each: each.numbers["loss"].value)[:2]
-    low, high = first.numbers["loss"], second.numbers["loss"]
-    assert low.high is not None
-    assert high.low is not None
-    reasons = [
-        f"expected loss {low.value:.4g} ({low.low:.4g} to {low.high:.4g}) of {first.objective} "
-        f"against {high.value:.4g} ({high.low:.4g} to {high.high:.4g}) of {second.objective}",
-        "the loss of diffusion is a bound: where it is the lower one diffusion is better, the "
-        "other way round need not hold",
+    """One for every objective that a law of sizes knows, without batch and rate."""
+    return [
+        _compute_optimal(question, law)
+        if law.file.law == "isoflop"
+        else _by_parametric(question, law)
+        for law in size_laws(laws).values()
     ]
-    is_clear = low.high < high.low
-    if not is_clear:
-        reasons.append("the intervals overlap")
-    return Choice(first.objective if is_clear else None, tuple(reasons))
 
 
 def _compute_optimal(question: Question, law: NamedFit) -> Recommendation:
@@ -127,22 +139,49 @@ def _compute_optimal(question: Question, law: NamedFit) -> Recommendation:
     for place, name in enumerate(names):
         drawn = law.fit.drawn[:, 2 * place] * compute ** law.fit.drawn[:, 2 * place + 1]
         value = law.fit[f"{name}_coefficient"] * compute ** law.fit[f"{name}_exponent"]
-        numbers[name] = _advice(law, value, drawn, outside)
-    tokens = numbers["tokens"]
-    unique = question.unique_tokens
-    numbers["epochs"] = _advice(law, tokens.value / unique, None, outside)
-    notes = []
-    _, seen = law.fit.ranges.get("epochs", (1.0, 1.0))
-    if tokens.value > unique * max(seen, 1.0) * 1.01:
-        notes.append(
-            f"the plan repeats the data {tokens.value / unique:.3g} times and the law was measured "
-            f"on up to {seen:.3g} epochs: the loss will be higher; fit --law repeated or overfitted"
-        )
-    return Recommendation(law.name, numbers, tuple(notes), is_published=False)
+        numbers[name] = advice_of(law, value, drawn, outside)
+    epochs = numbers["tokens"].value / question.unique_tokens
+    numbers["epochs"] = advice_of(law, epochs, None, outside)
+    return _recommendation(law, numbers, ())
 
 
 def _by_parametric(question: Question, law: NamedFit) -> Recommendation:
     """The size and the epochs of the lowest loss that the FLOPs can pay."""
+    plans = Plans(question.flops, question.unique_tokens, _cost(question, law))
+    of_law = LAWS[law.file.law]()
+    may_stop = law.file.law == "overfitted"  # the only one in which fewer tokens can be better
+    theta = law.fit.theta
+    (best,), (is_inside,) = plans.best(of_law, theta[None], may_stop=may_stop)
+    if not is_inside:
+        raise ValueError(
+            f"{law.path}: the law of {law.name} has no best size at {question.flops:.3g} FLOPs; "
+            "vary parameters and tokens of its runs apart, or give another law"
+        )
+    parameters, unique, epochs = (float(value) for value in np.exp(best))
+    drawn_loss = np.exp(of_law.log_loss(law.fit.drawn, best[None])[0][:, 0])
+    sizes, tokens, notes = _drawn_plans(*plans.best(of_law, law.fit.drawn, may_stop=may_stop))
+    coefficient, exponent = plans.flops_per_token
+    cost, used = coefficient * parameters**exponent, unique * epochs
+    outside = law.outside(parameters=parameters, tokens=used, epochs=epochs, unique_tokens=unique)
+    loss = float(np.exp(of_law.log_loss(theta, best[None])[0][0]))
+    numbers = {
+        "parameters": advice_of(law, parameters, sizes, outside),
+        "flops_per_token": advice_of(law, cost, None, outside),
+        "tokens": advice_of(law, used, tokens, outside),
+        "epochs": advice_of(law, used / question.unique_tokens, None, outside),
+        "loss": advice_of(law, loss, drawn_loss, outside),
+    }
+    if cost * used < 0.9 * question.flops:
+        notes = (
+            *notes,
+            f"{cost * used:.3g} of {question.flops:.3g} FLOPs are of use: beyond, the loss rises "
+            "again",
+        )
+    return _recommendation(law, numbers, notes)
+
+
+def _cost(question: Question, law: NamedFit) -> tuple[float, float]:
+    """FLOPs of a token in the parameters; ValueError for a law that recommends nothing."""
     if law.fit.flops_per_token is None:
         raise ValueError(
             f"{law.path} does not say what a token costs, as its tables lack the column; gather "
@@ -153,80 +192,46 @@ def _by_parametric(question: Question, law: NamedFit) -> Recommendation:
             f"{law.path}: alpha is {law.fit['alpha']:.3g} and beta {law.fit['beta']:.3g} for "
             f"{law.name}; a law that does not fall with size and data recommends nothing"
         )
-    plans = _plans(question, law)
-    of_law = LAWS[law.file.law]()
-    theta = law.fit.theta
-    best = int(of_law.log_loss(theta, plans)[0].argmin())
-    parameters, unique, epochs = (float(value) for value in np.exp(plans[best]))
-    drawn_loss = np.exp(of_law.log_loss(law.fit.drawn, plans[best : best + 1])[0][:, 0])
-    # One by one: all plans of all resamples at once would be gigabytes.
-    places = [int(of_law.log_loss(row, plans)[0].argmin()) for row in law.fit.drawn[:200]]
-    drawn_plans = np.exp(plans[places])
-    tokens = unique * epochs
     coefficient, exponent = law.fit.flops_per_token
-    cost = coefficient * parameters**exponent
-    outside = law.outside(parameters=parameters, tokens=tokens, epochs=epochs, unique_tokens=unique)
-    loss = float(np.exp(of_law.log_loss(theta, plans)[0][best]))
-    numbers = {
-        "parameters": _advice(law, parameters, drawn_plans[:, 0], outside),
-        "flops_per_token": _advice(law, cost, None, outside),
-        "tokens": _advice(law, tokens, drawn_plans[:, 1] * drawn_plans[:, 2], outside),
-        "epochs": _advice(law, tokens / question.unique_tokens, None, outside),
-        "loss": _advice(law, loss, drawn_loss, outside),
-    }
-    used = cost * tokens
-    notes = []
-    if used < 0.9 * question.flops:
-        notes.append(
-            f"{used:.3g} of {question.flops:.3g} FLOPs are of use: beyond, the loss rises again"
+    if not (exponent > 0 and 0 < coefficient < question.flops):
+        raise ValueError(
+            f"{law.path}: a token costs {coefficient:.3g} N^{exponent:.3g} of "
+            f"{question.flops:.3g} FLOPs for {law.name}; a size needs a cost that grows with it "
+            "and FLOPs that pay it"
         )
-    return Recommendation(law.name, numbers, tuple(notes), is_published=False)
+    return coefficient, exponent
 
 
-def _plans(question: Question, law: NamedFit) -> Floats:
-    """[n, 3]: logarithms of parameters, unique tokens and epochs that the FLOPs can pay."""
-    assert law.fit.flops_per_token is not None
-    coefficient, exponent = law.fit.flops_per_token
-    low, high = law.fit.ranges["parameters"]
-    sizes = np.geomspace(low / _SIZES_BEYOND, high * _SIZES_BEYOND, _NUM_SIZES)
-    most = question.flops / (coefficient * sizes**exponent)
-    shares = np.array([1.0])
-    if law.file.law == "overfitted":  # the only one in which fewer tokens can be better
-        shares = np.geomspace(1.0, 1e-4, _NUM_EPOCHS)
-    tokens = most[:, None] * shares
-    unique = np.minimum(tokens, question.unique_tokens)
-    columns = (np.broadcast_to(sizes[:, None], tokens.shape), unique, tokens / unique)
-    plans: Floats = np.log(np.stack([column.ravel() for column in columns], axis=1))
-    return plans
+def _drawn_plans(
+    plans: Floats, is_inside: Bools
+) -> tuple[Floats | None, Floats | None, tuple[str, ...]]:
+    """Sizes and tokens of all resamples; neither, but a note, where too many have no best size."""
+    share = 1 - is_inside.mean()
+    if share >= _TAIL:
+        note = f"{share:.0%} of the resamples have no best size: size and tokens have no interval"
+        return None, None, (note,)
+    return np.exp(plans[:, 0]), np.exp(plans[:, 1] + plans[:, 2]), ()
 
 
-def _tuned(recommendation: Recommendation, laws: Sequence[NamedFit]) -> Recommendation:
-    """With batch and rate of the fits for this objective, or for any."""
-    tokens = recommendation.numbers["tokens"].value
-    found = recommendation
-    by_name = {"batch": "batch_tokens", "learning_rate": "learning_rate"}
-    for kind in by_name:
-        own = [law for law in laws if law.file.law == kind]
-        own = [law for law in own if law.fit.label in ("", recommendation.objective)]
-        x = tokens if kind == "batch" else None
-        if kind == "learning_rate" and "batch_tokens" in found.numbers:
-            x = found.numbers["batch_tokens"].value
-        if not own or x is None:
-            continue
-        law = own[0]
-        axis = "tokens" if kind == "batch" else "batch_tokens"
-        drawn = law.fit.drawn[:, 0] * x ** law.fit.drawn[:, 1]
-        value = law.fit["coefficient"] * x ** law.fit["exponent"]
-        advice = _advice(law, value, drawn, law.outside(**{axis: x}))
-        found = found.with_numbers({by_name[kind]: advice})
-        if kind == "batch":
-            steps = _advice(law, tokens / value, None, advice.decades)
-            found = found.with_numbers({"steps": steps})
-    return found
+def _recommendation(
+    law: NamedFit, numbers: dict[str, Advice], notes: tuple[str, ...]
+) -> Recommendation:
+    """Without the loss where data would be repeated and the law takes repeated data for fresh."""
+    epochs, seen = numbers["epochs"].value, law.measured_epochs
+    if law.file.law in _FRESH and epochs > seen * SLACK:
+        numbers = {name: advice for name, advice in numbers.items() if name != "loss"}
+        note = (
+            f"no loss: the plan repeats the data {epochs:.3g} times and the law was measured on up "
+            f"to {seen:.3g} epochs; it would be too low, and the size is a guess. Fit --law "
+            "repeated or overfitted"
+        )
+        notes = (*notes, note)
+    return Recommendation(law.name, numbers, notes, is_published=False, measured_epochs=seen)
 
 
-def _advice(law: NamedFit, value: float, drawn: Floats | None, outside: float) -> Advice:
+def advice_of(law: NamedFit, value: float, drawn: Floats | None, outside: float) -> Advice:
+    """A number of a law, with its interval where there are resamples [n] of it."""
     low, high = (None, None)
     if drawn is not None:
-        low, high = (float(end) for end in np.quantile(drawn, [0.025, 0.975]))
+        low, high = (float(end) for end in np.quantile(drawn, [_TAIL, 1 - _TAIL]))
     return Advice(float(value), low, high, law.law, law.measured, outside)

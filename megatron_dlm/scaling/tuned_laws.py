@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dlm.scaling.bootstrap import Estimate, Floats, intervals
+from megatron_dlm.scaling.bootstrap import Floats, intervals
 from megatron_dlm.scaling.minima import Minima, Point, find_minima, reasons
-from megatron_dlm.scaling.power_law import PowerLaw, lines, r_squared
+from megatron_dlm.scaling.power_law import PowerLaw, PowerLawFit, lines, r_squared
 
 _SAME_DIGITS = 6
 """Batch sizes that agree in so many digits are one: they come out of a division."""
+
+_SAME_LENGTH = 0.99
+"""Runs whose tokens differ by less are as long as each other."""
 
 
 @dataclass(frozen=True)
@@ -37,40 +40,49 @@ class GridRun:
 
 
 @dataclass(frozen=True)
-class TunedLaw:
+class TunedLaw(PowerLawFit):
     """The best setting as a power law."""
 
-    law: PowerLaw
-    coefficient: Estimate
-    exponent: Estimate
-    r_squared: float
     points: tuple[tuple[float, float], ...]
     """x and best setting, of every minimum."""
-    drawn: Floats
-    """[resamples, 2]: coefficient and exponent."""
     left_out: tuple[str, ...]
+    """What of the grid does not count, and why."""
 
 
 def fit_learning_rate_law(runs: Sequence[GridRun], *, count: int = 1000, seed: int = 0) -> TunedLaw:
     """Best learning rate against batch size in tokens: a parabola in log rate per batch size.
 
-    Raises ValueError where fewer than two batch sizes have a best rate among those tried.
+    Runs that end before the longest one of their batch size have a higher loss for that alone, and
+    are left out. Raises ValueError where fewer than two batch sizes have a best rate among those
+    tried.
     """
-    groups = list(dict.fromkeys((run.setting, _rounded(run.batch_tokens)) for run in runs))
-    points = [
-        Point(
-            float(groups.index((run.setting, _rounded(run.batch_tokens)))),
-            run.learning_rate,
-            run.score,
-            run.run,
+    groups: dict[tuple[str, float], list[GridRun]] = {}
+    for run in runs:
+        groups.setdefault((run.setting, _rounded(run.batch_tokens)), []).append(run)
+    batches = [batch for _, batch in groups]
+    if len(set(batches)) < 2:
+        raise ValueError(
+            f"all runs have batches of {batches[0]:.4g} tokens; the law needs two sizes of batch, "
+            "each with four learning rates"
         )
-        for run in runs
-    ]
-    minima = find_minima(points, count=count, seed=seed)
     names = [f"batch {batch:.4g} tokens{_of(setting)}" for setting, batch in groups]
-    log_batch = np.log([groups[int(group)][1] for group in minima.groups])
+    points: list[Point] = []
+    short: list[str] = []
+    for place, (name, members) in enumerate(zip(names, groups.values(), strict=True)):
+        longest = max(float(run.tokens[-1]) for run in members)
+        enough = _SAME_LENGTH * longest
+        points += [
+            Point(float(place), run.learning_rate, run.score, run.run)
+            for run in members
+            if run.tokens[-1] >= enough
+        ]
+        ends = [f"{r.run} at {r.tokens[-1]:.3g}" for r in members if r.tokens[-1] < enough]
+        if ends:
+            short.append(f"{name}: {', '.join(ends)} of {longest:.3g} tokens, too short to compare")
+    minima = find_minima(points, count=count, seed=seed)
+    log_batch = np.log([batches[int(group)] for group in minima.groups])
     drawn_log_batch = np.broadcast_to(log_batch, minima.drawn_log_settings.shape)
-    return _through(minima, log_batch, drawn_log_batch, names)
+    return _through(minima, log_batch, drawn_log_batch, names, short=short)
 
 
 def fit_batch_law(
@@ -91,22 +103,27 @@ def fit_batch_law(
                 for run, tokens in reached(of_setting, level)
             ]
             names.append(f"loss {level:.4g}{_of(setting)}")
+    if not points:
+        raise ValueError(
+            "no loss is reached by runs of three batch sizes or more; the law needs four sizes of "
+            "batch, for one size of model"
+        )
     minima = find_minima(points, count=count, seed=seed)
     return _through(minima, minima.values, minima.drawn_values, names)
 
 
 def loss_levels(runs: Sequence[GridRun], count: int) -> list[float]:
-    """Losses, highest first, that runs of four batch sizes reach and no run begins below.
+    """Losses, highest first, that `reached` has of four batch sizes and no run begins below.
 
     Of three sizes where there are no more; none where there are fewer.
     """
-    lowest: dict[float, float] = {}
-    for run in runs:
-        batch = _rounded(run.batch_tokens)
-        lowest[batch] = min(lowest.get(batch, np.inf), float(run.loss_nats.min()))
+    lowest = sorted(
+        min(max(float(run.loss_nats.min()) for run in seeds) for seeds in rates.values())
+        for rates in _by_rate(runs).values()
+    )
     if len(lowest) < 3:
         return []
-    low = sorted(lowest.values())[min(3, len(lowest) - 1)]
+    low = lowest[min(3, len(lowest) - 1)]
     high = min(float(run.loss_nats[0]) for run in runs)
     if low >= high:
         return []
@@ -116,17 +133,27 @@ def loss_levels(runs: Sequence[GridRun], count: int) -> list[float]:
 def reached(runs: Sequence[GridRun], level: float) -> list[tuple[GridRun, float]]:
     """Runs of the best learning rate of every batch size, with the tokens they need for a loss.
 
-    The best is the rate whose runs all reach it, with the fewest tokens on average in logarithms.
+    The best is the rate whose runs all reach it, with the fewest tokens on average in logarithms; a
+    batch size without such a rate has none.
     """
-    found: dict[float, dict[float, list[tuple[GridRun, float]]]] = {}
+    chosen: list[tuple[GridRun, float]] = []
+    for rates in _by_rate(runs).values():
+        pairs = [[(run, _tokens_to(run, level)) for run in seeds] for seeds in rates.values()]
+        whole = [of_rate for of_rate in pairs if all(np.isfinite(t) for _, t in of_rate)]
+        if whole:
+            chosen += min(
+                whole, key=lambda of_rate: float(np.mean(np.log([t for _, t in of_rate])))
+            )
+    return chosen
+
+
+def _by_rate(runs: Sequence[GridRun]) -> dict[float, dict[float, list[GridRun]]]:
+    """Batch size -> learning rate -> runs."""
+    found: dict[float, dict[float, list[GridRun]]] = {}
     for run in runs:
         rates = found.setdefault(_rounded(run.batch_tokens), {})
-        rates.setdefault(run.learning_rate, []).append((run, _tokens_to(run, level)))
-    chosen: list[tuple[GridRun, float]] = []
-    for rates in found.values():
-        best = min(rates.values(), key=lambda pairs: float(np.mean([np.log(t) for _, t in pairs])))
-        chosen += [(run, tokens) for run, tokens in best if np.isfinite(tokens)]
-    return chosen
+        rates.setdefault(run.learning_rate, []).append(run)
+    return found
 
 
 def _tokens_to(run: GridRun, level: float) -> float:
@@ -142,10 +169,18 @@ def _tokens_to(run: GridRun, level: float) -> float:
     return float(np.exp(log_tokens[place - 1] * (1 - share) + log_tokens[place] * share))
 
 
-def _through(minima: Minima, log_x: Floats, drawn_log_x: Floats, names: Sequence[str]) -> TunedLaw:
-    left_out = {names[int(group)]: why for group, why in minima.left_out.items()}
+def _through(
+    minima: Minima,
+    log_x: Floats,
+    drawn_log_x: Floats,
+    names: Sequence[str],
+    *,
+    short: Sequence[str] = (),
+) -> TunedLaw:
+    unfound = {names[int(group)]: why for group, why in minima.left_out.items()}
     if len(minima.groups) < 2:
-        why = f": {reasons(left_out)}" if left_out else ""
+        told = "; ".join([reasons(unfound), *short]).removeprefix("; ")
+        why = f": {told}" if told else ""
         raise ValueError(
             f"{len(minima.groups)} groups of runs have a best setting; a law needs two{why}"
         )
@@ -164,7 +199,7 @@ def _through(minima: Minima, log_x: Floats, drawn_log_x: Floats, names: Sequence
         r_squared=r_squared(law, x, best),
         points=tuple(zip(x.tolist(), best.tolist(), strict=True)),
         drawn=drawn,
-        left_out=tuple(f"{name}: {why}" for name, why in left_out.items()),
+        left_out=(*(f"{name}: {why}" for name, why in unfound.items()), *short),
     )
 
 

@@ -19,6 +19,7 @@ from megatron_dlm.scaling.figures.families import (
     grouped,
     members_of,
     refuse_twins,
+    smoothing_words,
 )
 from megatron_dlm.scaling.figures.isoflop_picture import Family, draw_families
 from megatron_dlm.scaling.figures.style import axis_name, save
@@ -32,18 +33,14 @@ from megatron_dlm.scaling.isoflop import (
     fit_compute_optimal,
     lowest_models,
     optima_of,
+    unreached,
 )
+from megatron_dlm.scaling.measured_runs import FLOPS_COLUMNS
 from megatron_dlm.scaling.results import Results, curve_of, number
 
 if TYPE_CHECKING:
     from megatron_dlm.scaling.study import Study
 
-_FLOPS = {
-    "fine": "training_flops_per_token",
-    "six_p_and_attention": "flops_per_token_six_p_and_attention",
-    "six_n": "flops_per_token_six_n",
-}
-"""Convention -> column."""
 _CONVENTIONS = {
     "fine": "every matrix product as computed",
     "six_p_and_attention": "6 P + 12 L a S per token, without embeddings",
@@ -72,11 +69,14 @@ class IsoflopSpec(Grouping):
     of each size and seed at a budget, whatever else differs, such as batch and learning rate."""
     budgets: int | tuple[float, ...] = 5
     """Budgets of compute in FLOPs; a number: that many, evenly in logarithms, within what the
-    curves of three sizes cover. Where the last is read, a run's own compute tells its budget."""
+    curves of four sizes cover, or of three with two runs each; only those have laws. Where no four
+    overlap three do, for parabolas alone. Where the last is read, a run's own compute tells its
+    budget."""
     metric: str = "nelbo"
     """Column of the validations, lower is better."""
     smoothing: float = 0.0
-    """Width of a Gaussian average over the points of a curve, as a factor in tokens; 0: none."""
+    """Standard deviation of a Gaussian average over a curve, in the natural logarithm of tokens:
+    0.1 averages over some 10 %; 0: none."""
     resamples: int = 1000
     """Bootstrap resamples of the runs."""
 
@@ -92,7 +92,7 @@ class IsoflopSpec(Grouping):
 
 def draw(spec: IsoflopSpec, results: Results, study: Study, stem: Path) -> Drawn:
     """Write stem.png, .svg and .csv; raises ValueError where no run reached a budget."""
-    results.check_columns("tokens", spec.metric, _FLOPS[spec.flops], _size_column(spec))
+    results.check_columns("tokens", spec.metric, FLOPS_COLUMNS[spec.flops], _size_column(spec))
     members = members_of(results, study, spec)
     if spec.models == "all":
         refuse_twins(members, study, lambda member: _place(member, spec))
@@ -111,6 +111,7 @@ def draw(spec: IsoflopSpec, results: Results, study: Study, stem: Path) -> Drawn
         models = [model for curves in seeds for model in _models(curves, budgets, spec)]
         if models:
             families.append(_family(line, models, spec, notes))
+            _tell_left_out(families[-1], budgets, notes, _size_name(spec))
     if not families:
         raise ValueError(f"{results.source}: no run reaches one of the budgets; train longer")
     figure = draw_families(families, size_name=_size_name(spec), loss_name=axis_name(spec.metric))
@@ -131,7 +132,7 @@ def _place(member: Member, spec: IsoflopSpec) -> tuple[str, str, float | None, i
 
 
 def _size_column(spec: IsoflopSpec) -> str:
-    return _FLOPS[spec.flops] if spec.size == "flops_per_token" else spec.size
+    return FLOPS_COLUMNS[spec.flops] if spec.size == "flops_per_token" else spec.size
 
 
 def _size_name(spec: IsoflopSpec) -> str:
@@ -148,7 +149,7 @@ def _curve(member: Member, spec: IsoflopSpec) -> TrainingCurve | None:
     rows = [row for row in member.rows if (number(row, "tokens") or 0) > 0]
     curve = curve_of(rows, "tokens", spec.metric)
     last = member.rows[-1]
-    size, flops = number(last, _size_column(spec)), number(last, _FLOPS[spec.flops])
+    size, flops = number(last, _size_column(spec)), number(last, FLOPS_COLUMNS[spec.flops])
     if curve is None or size is None or flops is None:
         return None
     curve = curve.smoothed(spec.smoothing)
@@ -156,19 +157,12 @@ def _curve(member: Member, spec: IsoflopSpec) -> TrainingCurve | None:
 
 
 def _budgets(lines: Sequence[Sequence[TrainingCurve]], spec: IsoflopSpec) -> list[float]:
-    """The same for all lines, within what three sizes of each cover."""
+    """The same for all lines, within what the sizes of each cover."""
     if not isinstance(spec.budgets, int):
         return sorted(spec.budgets)
     if spec.read == "last":
         return _clusters([float(curve.compute_flops[-1]) for curves in lines for curve in curves])
-    ends = [budgets_of(curves, 2) for curves in lines]
-    low, high = max(end[0] for end in ends), min(end[-1] for end in ends)
-    if low >= high:
-        raise ValueError(
-            "the lines share no range of compute that three sizes of each cover; train longer or "
-            "name the budgets"
-        )
-    return [float(budget) for budget in np.geomspace(low, high, spec.budgets)]
+    return budgets_of(lines, spec.budgets, one_per_size=spec.models == "best")
 
 
 def _clusters(values: Sequence[float]) -> list[float]:
@@ -211,10 +205,19 @@ def _family(line: str, models: list[Trained], spec: IsoflopSpec, notes: list[str
         laws = fit_compute_optimal(models, count=spec.resamples)
     except ValueError as error:
         notes.append(f"{start}no laws ({error}).")
-    optima, left_out = optima_of(models)
-    for budget, reason in left_out.items():
+    return Family(line, tuple(models), optima_of(models)[0], laws)
+
+
+def _tell_left_out(
+    family: Family, budgets: Sequence[float], notes: list[str], size_name: str
+) -> None:
+    left_out = unreached(family.models, budgets)
+    if len(family.optima) >= 2:  # with fewer the reasons are told already, as there are no laws
+        without_optimum = optima_of(family.models)[1]
+        left_out |= {b: f"{why} (sizes in {size_name})" for b, why in without_optimum.items()}
+    start = f"{family.label}: " if family.label else ""
+    for budget, reason in sorted(left_out.items()):
         notes.append(f"{start}{budget:.3g} FLOPs left out of the laws: {reason}.")
-    return Family(line, tuple(models), optima, laws)
 
 
 def _numbers(families: Sequence[Family], stem: Path) -> Path:
@@ -245,7 +248,9 @@ def _rows(family: Family) -> list[tuple[str, ...]]:
 
 
 def _method_notes(spec: IsoflopSpec) -> list[str]:
-    smoothed = f", smoothed over a factor of {spec.smoothing:g} in tokens" if spec.smoothing else ""
+    smoothed = ""
+    if spec.smoothing:
+        smoothed = f", smoothed over {smoothing_words(spec.smoothing, 'tokens')}"
     read = {
         "curves": f"Losses are read off the curves of each run{smoothed}, which compares sizes "
         "only where the learning rate is not annealed.",
@@ -260,7 +265,8 @@ def _method_notes(spec: IsoflopSpec) -> list[str]:
         read[spec.read],
         *(chosen if spec.models == "best" else ()),
         "Stars are the lowest points of parabolas in log size; dashed parabolas have theirs "
-        "outside of the trained sizes and are left out of the laws.",
+        "outside of the trained sizes, or too few runs to judge it by, and are left out of the "
+        "laws.",
         "Bands: 95 %, by a wild bootstrap over runs. The law of the loss has no irreducible part: "
         "points that bend away from its line show one.",
     ]

@@ -29,6 +29,19 @@ def test_training_by_hand() -> None:
     assert found.fine == 6 * matrices + 12 * 2 * 8 * 4 + 6 * 80 / 2
 
 
+def test_how_far_conventions_lie_apart() -> None:
+    """Nothing for AR at 1B; a factor of four where a small model has a large vocabulary."""
+    found = training_flops(BILLION, ObjectiveConfig(kind="autoregressive"))
+    assert found.fine / found.six_p_and_attention == pytest.approx(1, abs=0.01)
+    grid_25m = ModelConfig(
+        num_layers=8, hidden_size=512, num_attention_heads=8, ffn_hidden_size=2048,
+        seq_length=2048, vocab_size=131_072, activation="squared_relu",
+        untie_embeddings_and_output_weights=True,
+    )  # fmt: skip
+    found = training_flops(grid_25m, ObjectiveConfig(kind="masked"))
+    assert found.six_n / found.six_p_and_attention == pytest.approx(3.8, abs=0.05)
+
+
 def test_generation_by_hand() -> None:
     matrices = 2 * (4 * 8 * 8 + 2 * 8 * 16)
     found = generation_flops(SMALL, new_tokens=3, prompt_tokens=2, num_steps=2)

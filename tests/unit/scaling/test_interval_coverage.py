@@ -10,7 +10,13 @@ import pytest
 
 from megatron_dlm.scaling.batch_law import IsoLoss, fit_iso_loss
 from megatron_dlm.scaling.bootstrap import Estimate
-from megatron_dlm.scaling.isoflop import Trained, fit_compute_optimal
+from megatron_dlm.scaling.isoflop import (
+    Trained,
+    TrainingCurve,
+    at_budgets,
+    budgets_of,
+    fit_compute_optimal,
+)
 from megatron_dlm.scaling.parametric import Observation, fit_law
 from megatron_dlm.scaling.parametric_laws import LAWS
 from megatron_dlm.scaling.power_law import fit_with_intervals
@@ -83,6 +89,46 @@ def curves(num_sizes: int) -> Trial:
     return trial
 
 
+def chosen_budgets(
+    num_sizes: int,
+    span: float,
+    *,
+    num_seeds: int = 1,
+    is_white: bool = False,
+    weighted: bool = False,
+) -> Trial:
+    """Curves of equally many tokens at the budgets that `scaling fit` chooses, whose ends few
+    sizes reach.
+
+    span: from the first tokens to the last, in steps from size to size: that many sizes and one
+    more reach the middle budgets. White: every report of a run has a noise of its own, instead of
+    one for all of them.
+    """
+    law = NOISE_TYPES["masked"]
+    sizes = np.geomspace(law.flops_per_token(1e17), law.flops_per_token(1e21), num_sizes)
+    half = span / 2 * np.log(sizes[1] / sizes[0])
+    # The middle size is the best one half way.
+    tokens = 1e19 / sizes[num_sizes // 2] * np.exp(np.linspace(-half, half, 40))
+
+    def trial(seed: int) -> Iterator[tuple[Estimate, float]]:
+        random = np.random.default_rng(seed)
+        curves = []
+        for place in range(num_sizes * num_seeds):
+            size = float(sizes[place % num_sizes])
+            best = np.array([law.flops_per_token(c) for c in size * tokens])
+            losses = np.array([law.loss_nats(c) for c in size * tokens])
+            losses += 0.05 * np.log(size / best) ** 2
+            losses += random.normal(0, 0.0 if is_white else 0.003)
+            losses += random.normal(0, 0.003 if is_white else 0.001, len(tokens))
+            curves.append(TrainingCurve(str(place), size, size, tokens, losses))
+        models = at_budgets(curves, budgets_of([curves], 6))
+        found = fit_compute_optimal(models, count=_RESAMPLES, seed=seed, weighted=weighted)
+        yield found.intervals["size"], law.flops_per_token.exponent
+        yield found.intervals["loss"], law.loss_nats.exponent
+
+    return trial
+
+
 def iso_loss(num_batches: int) -> Trial:
     def trial(seed: int) -> Iterator[tuple[Estimate, float]]:
         random = np.random.default_rng(seed)
@@ -124,10 +170,15 @@ def coverage(trial: Trial, count: int) -> float:
         (power_law(30, is_uneven=True), 150),
         (compute_optimal(7), 60),
         (curves(6), 60),
+        (chosen_budgets(9, 6.5), 40),
+        (chosen_budgets(9, 6.5, is_white=True, weighted=True), 40),
         (iso_loss(8), 3),
         (parametric("chinchilla", 60), 4),
     ],
-    ids=["5 points", "30 points", "uneven", "budgets", "curves", "iso-loss", "chinchilla"],
+    ids=[
+        *["5 points", "30 points", "uneven", "budgets", "curves", "chosen", "chosen, weighted"],
+        *["iso-loss", "chinchilla"],
+    ],
 )
 def test_intervals_hold_the_truth(trial: Trial, count: int) -> None:
     """Too few trials to tell 90 % from 95 %, enough to tell them from 75 %."""
@@ -142,6 +193,16 @@ SLOW = {
     "isoflop, 6 budgets of 5 runs": (compute_optimal(5), 500),
     "isoflop, 6 budgets of 7 runs": (compute_optimal(7), 500),
     "isoflop, 7 curves at 6 budgets": (curves(7), 500),
+    "isoflop, 5 curves at the chosen budgets": (chosen_budgets(5, 5.5), 300),
+    "isoflop, 7 curves at the chosen budgets": (chosen_budgets(7, 4.6), 300),
+    "isoflop, 9 curves at the chosen budgets": (chosen_budgets(9, 6.5), 300),
+    "isoflop, 9 curves of white noise": (chosen_budgets(9, 6.5, is_white=True), 300),
+    "isoflop, 9 curves, by precision": (chosen_budgets(9, 6.5, weighted=True), 300),
+    "isoflop, 9 white curves, by precision": (
+        chosen_budgets(9, 6.5, is_white=True, weighted=True),
+        300,
+    ),
+    "isoflop, 2 seeds of 3 sizes": (chosen_budgets(5, 2.6, num_seeds=2), 300),
     "iso-loss, 8 batch sizes": (iso_loss(8), 200),
     "chinchilla, 50 runs": (parametric("chinchilla", 50), 60),
     "chinchilla, 200 runs": (parametric("chinchilla", 200), 60),

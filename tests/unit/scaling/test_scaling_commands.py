@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scaling_command import Capture, refused, scaling
 from scaling_tables import chinchilla, reports, size_study, write_table
 
 from megatron_dlm import cli
@@ -16,30 +17,12 @@ from megatron_dlm.scaling.advice import Question
 from megatron_dlm.scaling.law_file import read_law
 from megatron_dlm.scaling.published import BATCH_TOKENS, LEARNING_RATE
 from megatron_dlm.scaling.recommend_fitted import read_laws, recommend_fitted
-
-Capture = pytest.CaptureFixture[str]
+from megatron_dlm.scaling.recommend_tuning import tuned
 
 
 @pytest.fixture(scope="module")
 def sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_table(tmp_path_factory.mktemp("tables") / "sizes.csv", size_study())
-
-
-def scaling(command: str, **flags: object) -> int:
-    words = ["scaling", command]
-    for name, value in flags.items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(str(each) for each in values)]
-    return cli.main(words)
-
-
-def refused(capsys: Capture, command: str, **flags: object) -> str:
-    """The one line on stderr."""
-    capsys.readouterr()
-    assert scaling(command, **flags) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"megatron-dlm scaling {command}: error: ")
-    return line
 
 
 def test_isoflop_to_a_plan(sizes: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -79,7 +62,8 @@ def test_isoflop_to_a_plan(sizes: Path, tmp_path: Path, capsys: Capture) -> None
     assert numbers["loss"]["value"] == pytest.approx(best, rel=0.01)
     assert numbers["loss"]["low"] < numbers["loss"]["value"] < numbers["loss"]["high"]
     assert numbers["batch_tokens"]["law"].startswith("SBD")
-    assert found["choices"][0]["objective"] == "ar"
+    # Own laws: AR is below a bound only, which proves nothing. Published: the data are fresh.
+    assert [choice["objective"] for choice in found["choices"]] == [None, "ar"]
 
 
 def data_study(loss: Callable[..., float]) -> list[dict[str, Any]]:
@@ -166,6 +150,7 @@ def test_batch_and_rate_of_a_grid(tmp_path: Path, sizes: Path, capsys: Capture) 
     assert scaling("fit", results=table, law="batch", output=batch) == 0
     assert scaling("fit", results=table, law="learning_rate", output=rate) == 0
     assert scaling("fit", results=sizes, law="isoflop", output=size, resamples=100, **AR) == 0
+    assert read_law(batch).source.settings["num_levels"] == 5
     assert read_law(batch).fits[0]["exponent"] == pytest.approx(BATCH_TOKENS.exponent, abs=0.1)
     fit = read_law(rate).fits[0]
     assert fit["exponent"] == pytest.approx(LEARNING_RATE.exponent, abs=0.02)
@@ -173,7 +158,9 @@ def test_batch_and_rate_of_a_grid(tmp_path: Path, sizes: Path, capsys: Capture) 
     assert interval.low < LEARNING_RATE.exponent + 0.01
     assert interval.high > LEARNING_RATE.exponent - 0.01
     question = Question(1e12, 1e19, "six_p_and_attention", 2048)
-    (found,) = recommend_fitted(question, read_laws([str(size), str(batch), str(rate)], question))
+    laws = read_laws([str(size), str(batch), str(rate)], question)
+    (sizes_only,) = recommend_fitted(question, laws)
+    found = tuned(sizes_only, laws)
     tokens, best = found.numbers["tokens"].value, found.numbers["batch_tokens"].value
     assert best == pytest.approx(BATCH_TOKENS(tokens), rel=0.3)
     assert found.numbers["steps"].value == pytest.approx(tokens / best)
@@ -183,6 +170,17 @@ def test_batch_and_rate_of_a_grid(tmp_path: Path, sizes: Path, capsys: Capture) 
 
 
 AR = {"only.objective": "ar"}
+
+
+def test_only_runs_with_uncommitted_changes(tmp_path: Path) -> None:
+    rows = [dict(row, uncommitted_changes=row["objective"] == "ar") for row in size_study()]
+    table, law = write_table(tmp_path / "table.csv", rows), tmp_path / "law.json"
+    flags: dict[str, Any] = {"results": table, "law": "power", "x": "num_parameters"}
+    only = {"only.uncommitted_changes": "true"}
+    assert scaling("fit", **flags, output=law, resamples=100, **only) == 0
+    file = read_law(law)
+    assert file.fits[0].num_runs == 7
+    assert file.source.settings["uncommitted_changes"] is True
 
 
 def test_power_law_and_tables_together(sizes: Path, tmp_path: Path) -> None:
@@ -206,7 +204,8 @@ def test_what_a_fit_refuses(sizes: Path, tmp_path: Path, capsys: Capture) -> Non
     law = tmp_path / "law.json"
 
     def message(**flags: object) -> str:
-        chosen: dict[str, Any] = {"results": sizes, "law": "chinchilla", "output": law, **flags}
+        own = {} if "by" in flags else AR
+        chosen = {"results": sizes, "law": "chinchilla", "output": law, **own, **flags}
         return refused(capsys, "fit", **chosen)
 
     assert "no.csv does not exist; make it with" in message(results=tmp_path / "no.csv")
@@ -223,9 +222,21 @@ def test_what_a_fit_refuses(sizes: Path, tmp_path: Path, capsys: Capture) -> Non
     assert "law repeated; fit chinchilla" in message(law="repeated", results=fresh(tmp_path))
     assert "has no optimizer.lr; the study needs an axis" in message(law="learning_rate")
     assert "power needs x" in message(law="power")
+    assert "budgets has -1; a budget must be greater" in message(law="isoflop", budgets=-1)
+    both = {"results": sizes, "law": "isoflop", "output": law}
+    assert "runs are of objective ar and masked, which share no law of the loss" in refused(
+        capsys, "fit", **both
+    )
     assert "x is tokens, but the law chinchilla does not use it" in message(x="tokens")
     assert "resamples is 10; an interval needs 100 or more" in message(resamples=10)
     assert "weighting is precision, but the law chinch" in message(weighting="precision")
+    assert "num_levels is 7, but the law chinchilla does not use it; only b" in message(
+        num_levels=7
+    )
+    assert "num_budgets is 3, but the law chinchilla does not use" in message(num_budgets=3)
+    assert "num_budgets is 3, but budgets names them" in message(
+        law="isoflop", num_budgets=3, budgets=[1e18, 1e19]
+    )
     assert not law.exists()
 
 
@@ -260,10 +271,11 @@ def test_columns_that_an_old_table_lacks(tmp_path: Path, capsys: Capture) -> Non
     rows = [{k: v for k, v in row.items() if k not in lacking} for row in size_study()]
     table, law = write_table(tmp_path / "old.csv", rows), tmp_path / "law.json"
     flags: dict[str, Any] = {"results": table, "law": "isoflop", "output": law, "resamples": 100}
+    flags |= AR
     assert "or fit with --convention fine" in refused(capsys, "fit", **flags)
     flags["convention"] = "fine"
     assert "or fit with --parameters all" in refused(capsys, "fit", **flags)
-    assert scaling("fit", **flags, parameters="all", **AR) == 0
+    assert scaling("fit", **flags, parameters="all") == 0
     asked: dict[str, Any] = {"unique_tokens": 1e12, "flops": 1e20, "laws": law}
     line = refused(capsys, "recommend", **asked)
     assert "law.json counts FLOPs as fine, and --flops as six_p_and_attention; give --conv" in line
@@ -299,7 +311,7 @@ def test_what_a_recommendation_refuses(capsys: Capture) -> None:
 def test_flops_of_a_run(tmp_path: Path, capsys: Capture) -> None:
     report = tmp_path / "flops.json"
     words = ["scaling", "flops", "--config", "preset:sdl_1b", "--objective.kind", "masked"]
-    words += ["--train.tokens", "96000000000", "--gpu_watts", "1000", "--report", str(report)]
+    words += ["--train.tokens", "96000000000", "--gpu_watts", "1000", "--output", str(report)]
     words += ["--new_tokens", "16", "4096", "--num_steps", "64"]
     assert cli.main(words) == 0
     shown = capsys.readouterr().out

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_dlm.scaling.power_law import PowerLaw
 from megatron_dlm.scaling.published import BATCH_TOKENS, LEARNING_RATE
 from megatron_dlm.scaling.tuned_laws import (
     GridRun,
@@ -102,6 +103,63 @@ def test_levels_and_runs_that_do_not_reach_them() -> None:
     assert levels == sorted(levels, reverse=True)
     assert len(reached(runs, levels[-1])) == 4
     assert loss_levels(runs[:2], 3) == []
+
+
+def test_a_loss_that_one_seed_misses_is_reached_by_no_rate() -> None:
+    """Of each rate one seed goes lower: what both reach is 3.3 at best, whatever comes first."""
+    tokens = np.array([1e8, 1e9, 1e10])
+
+    def ends_at(rate: float, seed: int, end: float) -> GridRun:
+        losses = np.array([5.0, 4.5, end])
+        return GridRun(f"lr{rate} s{seed}", "", 100.0, rate, end, tokens, losses)
+
+    high = [ends_at(1, 1, 3.29), ends_at(1, 2, 4.5)]
+    low = [ends_at(2, 1, 3.0), ends_at(2, 2, 3.4)]
+    for runs in ([*high, *low], [*low, *high]):
+        assert reached(runs, 3.323) == []
+        assert [each.run for each, _ in reached(runs, 3.45)] == ["lr2 s1", "lr2 s2"]
+    # Four batch sizes with these runs: their levels are those that all seeds of a rate reach.
+    grid = [
+        replace(each, batch_tokens=each.batch_tokens * 2.0**place)
+        for place in range(4)
+        for each in [*high, *low]
+    ]
+    levels = loss_levels(grid, 3)
+    assert levels[-1] == pytest.approx(3.4)
+    assert len({each.batch_tokens for each, _ in reached(grid, levels[-1])}) == 4
+
+
+def test_runs_that_end_early_are_named_and_not_compared() -> None:
+    """The two higher rates stopped at 0.55 of the tokens, with the losses that they had there."""
+    truth = PowerLaw(1e-3, 0.35)
+    runs: list[GridRun] = []
+    for batch in BATCHES[:4]:
+        for factor in (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8):
+            tokens = np.geomspace(1e8, 1e10, 40)[: 22 if factor > 1.5 else 40]
+            losses = 3 + 0.05 * np.log(factor) ** 2 - 0.1 * np.log(tokens / 1e10)
+            rate = truth(batch) * factor
+            name = f"b{batch:.0f}_f{factor}"
+            runs.append(GridRun(name, "", batch, rate, float(losses[-1]), tokens, losses))
+    found = fit_learning_rate_law(runs)
+    assert found.law.exponent == pytest.approx(0.35, abs=1e-6)
+    assert found.law.coefficient == pytest.approx(1e-3, rel=1e-4)
+    assert found.left_out[0] == (
+        "batch 1.638e+04 tokens: b16384_f2.0 at 1.19e+09, b16384_f2.8 at 1.19e+09 of 1e+10 tokens, "
+        "too short to compare"
+    )
+    assert len(found.left_out) == 4
+
+
+def test_a_grid_without_a_grid_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"all runs have batches of 1\.638e\+04 tokens"):
+        fit_learning_rate_law([each for each in rates_grid(0.0) if each.batch_tokens < 2e4])
+    with pytest.raises(ValueError, match="no loss is reached by runs of three batch sizes"):
+        fit_batch_law([each for each in batch_grid(0.0) if 4e4 < each.batch_tokens < 1.4e5])
+
+
+def test_three_batch_sizes_judge_no_parabola() -> None:
+    with pytest.raises(ValueError, match=r"0 groups .* loss .*: 3 runs at 3 settings leave"):
+        fit_batch_law([each for each in batch_grid(0.0) if 4e4 < each.batch_tokens < 3e5])
 
 
 def test_tokens_to_a_loss() -> None:

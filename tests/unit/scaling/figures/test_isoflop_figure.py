@@ -119,7 +119,7 @@ def test_sizes_can_be_told_in_flops_per_token(tmp_path: Path) -> None:
     assert drawn.title.endswith("training FLOPs per token")
 
 
-def test_a_number_of_budgets_lies_within_what_three_sizes_cover(tmp_path: Path) -> None:
+def test_a_number_of_budgets_lies_within_what_four_sizes_cover(tmp_path: Path) -> None:
     def short(place: Any) -> list[dict[str, Any]]:
         """Small models stop early, large ones report late, as with equal tokens."""
         return [row for row in curves(place) if 2e7 <= row["tokens"] <= 3e8]
@@ -137,7 +137,7 @@ def test_a_number_of_budgets_lies_within_what_three_sizes_cover(tmp_path: Path) 
                 for row in models
                 if (row["line"], row["compute_flops"]) == (line, budget)
             }
-            assert len(sizes) >= 3
+            assert len(sizes) >= 4
     assert exponent_in(table(drawn)["ar", "size"]) == pytest.approx(0.5, abs=0.01)
 
 
@@ -167,6 +167,51 @@ def test_without_laws_the_points_are_drawn(tmp_path: Path) -> None:
     assert {row[2] for row in drawn.rows} == {"no laws"}
     assert sum("no laws" in note for note in drawn.notes) == 2
     assert COLORS[0] in colors_in(tmp_path / "f.png")
+
+
+def test_three_sizes_have_parabolas_and_no_laws(tmp_path: Path) -> None:
+    study, results = made_study(AXES, curves)
+    three: dict[str, Any] = {"lines": "objective", "only": {"size": ("n1", "n2", "n3")}}
+    drawn = draw(IsoflopSpec(**three, budgets=3), results, study, tmp_path / "f")
+    assert {row[2] for row in drawn.rows} == {"no laws"}
+    [note] = [note for note in drawn.notes if note.startswith("ar: ")]
+    assert note.startswith("ar: no laws (0 budgets have a best size; laws need two: ")
+    assert note.count("3 runs at 3 settings leave nothing to judge the parabola by") == 1
+    assert COLORS[0] not in colors_in(tmp_path / "f.png")
+    with (tmp_path / "f.csv").open() as lines:
+        assert {row["kind"] for row in csv.DictReader(lines)} == {"model"}
+    # A second seed judges them.
+    axes = {**AXES, "seed": labels("s1", "s2")}
+
+    def seeds(place: Any) -> list[dict[str, Any]]:
+        shift = 0.002 * (place["seed"] == "s2")
+        return [{**row, "nelbo": row["nelbo"] + shift} for row in curves(place)]
+
+    study, results = made_study(axes, seeds)
+    budgets = tuple(float(budget) for budget in np.geomspace(4e14, 2e15, 3))
+    drawn = draw(IsoflopSpec(**three, budgets=budgets), results, study, tmp_path / "f")
+    assert exponent_in(table(drawn)["ar", "size"]) == pytest.approx(0.5, abs=2e-3)
+
+
+def test_a_budget_that_a_line_does_not_reach_is_named(tmp_path: Path) -> None:
+    def short(place: Any) -> list[dict[str, Any]]:
+        """Masked runs stop early, and at the third budget all but three."""
+        last = 2e15 if place["size"] in ("n2", "n3", "n4") else 1e15
+        rows = curves(place)
+        if place["objective"] == "ar":
+            return rows
+        return [row for row in rows if row["tokens"] * row["training_flops_per_token"] <= last]
+
+    study, results = made_study(AXES, short)
+    spec = IsoflopSpec(lines="objective", budgets=BUDGETS, resamples=50, smoothing=0.1)
+    drawn = draw(spec, results, study, tmp_path / "f")
+    assert table(drawn)["ar", "size"]["budgets"] == "4"
+    assert table(drawn)["masked", "size"]["budgets"] == "2"
+    few, none = (note for note in drawn.notes if "left out of the laws:" in note)
+    assert few.startswith("masked: 1.39e+15 FLOPs left out of the laws: 3 runs at 3 settings")
+    assert none == "masked: 3e+15 FLOPs left out of the laws: no run has a loss there."
+    # The width is a standard deviation in ln tokens: exp(0.1) = 1.11.
+    assert any("smoothed over a factor of 1.11 in tokens" in note for note in drawn.notes)
 
 
 def test_last_reports_are_grouped_by_their_compute(tmp_path: Path) -> None:
