@@ -28,6 +28,7 @@ from megatron_dlm.config.keys import (
     leaf_types,
     suggestion,
 )
+from megatron_dlm.config.strict_yaml import parse_yaml
 
 T = TypeVar("T")
 
@@ -35,24 +36,6 @@ PRESETS = Path(__file__).parent / "presets"
 _PRESET_PREFIX = "preset:"
 _POWER_OF_TEN = re.compile(r"\d+(\.\d+)?[eE]\+?\d{1,2}")
 _OWN_FLAGS = ("config", "help", "print_config")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Plain YAML that refuses a key given twice instead of dropping the first one."""
-
-
-def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    values: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in values:
-            line = key_node.start_mark.line + 1
-            raise yaml.YAMLError(f"line {line}: {key} is given twice")
-        values[key] = loader.construct_object(value_node, deep=True)
-    return values
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 
 
 class _ConfigFile(NamedTuple):
@@ -210,7 +193,7 @@ def _locate(name: str) -> Path:
 def _read_file(name: str, leaves: dict[str, Any]) -> _ConfigFile:
     path = _locate(name)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config {name}: cannot read the file ({error.strerror})") from None
     except UnicodeDecodeError:

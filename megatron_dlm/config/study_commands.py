@@ -38,7 +38,7 @@ class StudyRunConfig:
     workers: int = 0
     """Runs at the same time, one core each; 0: one per core."""
     only: list[str] = field(default_factory=list)
-    """Only runs whose name has one of these texts in it."""
+    """Only runs whose name has one of these texts in it; spaces or commas between several."""
 
     def __post_init__(self) -> None:
         require(self.workers >= 0, f"workers is {self.workers}; it must be at least 0")
@@ -46,7 +46,7 @@ class StudyRunConfig:
 
 @dataclass(frozen=True)
 class StudyStatusConfig:
-    """How far every run of a study is."""
+    """How far every run of a study is, and which were trained with other settings than it says."""
 
     study: str
     """YAML file of the study."""

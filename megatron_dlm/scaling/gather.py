@@ -13,6 +13,7 @@ from megatron_dlm.config.architecture import ModelConfig
 from megatron_dlm.config.keys import is_list, is_mapping, leaf_types
 from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import RunConfig
+from megatron_dlm.scaling.contradictions import SECTIONS, Contradictions
 from megatron_dlm.scaling.flops import table_facts
 from megatron_dlm.scaling.run_records import (
     Report,
@@ -22,7 +23,8 @@ from megatron_dlm.scaling.run_records import (
     section_from,
     settings_in,
 )
-from megatron_dlm.scaling.study import COLUMNS_OF_RUNS, Study, StudyRun
+from megatron_dlm.scaling.study import Study, StudyRun
+from megatron_dlm.scaling.study_parts import COLUMNS_OF_RUNS
 
 if TYPE_CHECKING:
     import pyarrow
@@ -62,7 +64,7 @@ class Gathered:
     num_runs: int
     """Runs that have reported anything."""
     warnings: list[str]
-    """What could not be read, or contradicts the study, in words; the run is named first."""
+    """What could not be read, or contradicts the study, in words; runs are named first."""
 
 
 @dataclass
@@ -93,7 +95,7 @@ def gather(study: Study, runs_folder: Path, *, split: str) -> Gathered:
     the run's own config.yaml), facts of run.json, the place of the report, then its metrics: nelbo,
     loss, the others by name. A metric with the name of an axis gets `reported_` in front.
     """
-    columns, reader = _Columns(), _RunReader(study)
+    columns, reader = _Columns(), _RunReader(study, runs_folder)
     counts: list[int] = []
     fixed: list[dict[str, Any]] = []
     for run in study.runs:
@@ -104,16 +106,18 @@ def gather(study: Study, runs_folder: Path, *, split: str) -> Gathered:
         if columns.num_rows > before:
             counts.append(columns.num_rows - before)
             fixed.append(reader.read(run, path))
-    return Gathered(_table(study, columns, counts, fixed), len(counts), reader.warnings)
+    table = _table(study, columns, counts, fixed)
+    return Gathered(table, len(counts), reader.all_warnings())
 
 
 class _RunReader:
     """What is the same in all rows of a run."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, runs_folder: Path) -> None:
         self.warnings: list[str] = []
         self._study = study
-        self._sections = {key.partition(".")[0] for key in study.settings} | {"model", "objective"}
+        self._sections = {key.partition(".")[0] for key in study.settings} | SECTIONS
+        self._contradictions = Contradictions(study, runs_folder)
         # Most runs of a study have their model and objective in common.
         self._derived: dict[str, dict[str, float]] = {}
 
@@ -122,10 +126,14 @@ class _RunReader:
         facts = read_facts(path / "run.json", self.warnings)
         config = read_config(path / "config.yaml", self._sections, self.warnings)
         settings = settings_in(config, self._study.settings)
-        self.warnings += _contradictions(run, settings, self._study.settings)
+        self._contradictions.add_config(run, config)
         # Only these facts: others may have the name of an axis.
         found = {name: facts.get(name) for name in _FACTS} | self._derive(run, config)
         return {"study": self._study.name, "run": run.name, **run.labels, **settings, **found}
+
+    def all_warnings(self) -> list[str]:
+        """Those of the files, and where they contradict the study."""
+        return [*self.warnings, *self._contradictions.lines()]
 
     def _derive(self, run: StudyRun, config: Mapping[str, Any]) -> dict[str, float]:
         if "model" not in config or "objective" not in config:
@@ -201,32 +209,25 @@ def _array(values: list[Any], kind: str) -> pyarrow.Array:
     """A column; what is not of its type becomes null."""
     import pyarrow
 
-    try:
-        return pyarrow.array(values, type=kind)
-    except (pyarrow.ArrowException, OverflowError):
-        accepted: Any = {"string": str, "bool": bool}.get(kind, (int, float))
-        return pyarrow.array(
-            [value if isinstance(value, accepted) else None for value in values], type=kind
-        )
-
-
-def _contradictions(
-    run: StudyRun, settings: Mapping[str, Any], keys: Sequence[str]
-) -> Iterator[str]:
-    """Settings of the run's config.yaml that are not what the study gives it."""
-    for key in keys:
-        wanted, value = run.settings.get(key), settings.get(key)
-        # A run replaces null and auto by what it found, and {...} is still to be filled in.
-        if key not in settings or wanted in (None, "auto") or "{" in str(wanted):
-            continue
-        if not _same(wanted, value):
-            yield f"{run.name}: was trained with {key} {value}, the study says {wanted}"
-
-
-def _same(wanted: Any, value: Any) -> bool:
-    if isinstance(wanted, str) and isinstance(value, (int, float)):
+    # pyarrow would make 1 of 1.5.
+    if kind != "int64" or not any(isinstance(value, float) for value in values):
         try:
-            return float(wanted) == value  # YAML takes 1e-3 for text
-        except ValueError:
-            return False
-    return bool(wanted == value)
+            return pyarrow.array(values, type=kind)
+        except (pyarrow.ArrowException, OverflowError):
+            pass
+    return pyarrow.array([_as(value, kind) for value in values], type=kind)
+
+
+def _as(value: Any, kind: str) -> Any:
+    """The value as a column of this type holds it; None where it cannot."""
+    if kind in ("string", "bool"):
+        return value if isinstance(value, {"string": str, "bool": bool}[kind]) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        if kind == "double":
+            return float(value)
+        whole = int(value)
+    except (OverflowError, ValueError):  # too large, infinite, or no number
+        return None
+    return whole if whole == value and -(2**63) <= whole < 2**63 else None

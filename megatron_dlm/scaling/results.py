@@ -17,6 +17,7 @@ Row = Mapping[str, Any]
 """Column -> value; None where a run has none."""
 
 _REQUIRED = ("study", "run", "step", "split")
+_NUMBERS = ("step", "tokens", "training_flops", "epoch", "nelbo", "loss")
 _ALWAYS_TEXT = ("study", "run", "split", "commit")
 
 
@@ -46,11 +47,6 @@ class Results:
                 name = f"{row['study']}/{row['run']}" if has_several else str(row["run"])
                 found.setdefault(name, {})[row["step"]] = row
         return {name: tuple(steps[step] for step in sorted(steps)) for name, steps in found.items()}
-
-    def where(self, **values: object) -> Results:
-        """Only the rows with these values: `where(objective="ar", **{"optimizer.lr": 1e-3})`."""
-        kept = [row for row in self.rows if all(row.get(key) == values[key] for key in values)]
-        return Results(tuple(kept), self.source)
 
     def check_columns(self, *names: str) -> None:
         """Raise ValueError, which names the table, for a column that no row has a value in."""
@@ -91,9 +87,21 @@ def read_results(*paths: Path, text_columns: Sequence[str] = ()) -> Results:
     """The rows of .csv or .parquet tables of `study gather`, one table after the other.
 
     text_columns: columns of a .csv that are text whatever they look like, such as the axes of a
-    study. Raises ValueError, which names the file, where it is no such table.
+    study. Raises ValueError, which names the file, where it is no such table, and where two tables
+    have the same run of the same study.
     """
-    rows = [row for path in paths for row in _read_table(path, text_columns)]
+    rows: list[dict[str, Any]] = []
+    sources: dict[tuple[Any, ...], Path] = {}
+    for path in paths:
+        table = _read_table(path, text_columns)
+        for place in dict.fromkeys((row["study"], row["run"], row["split"]) for row in table):
+            other = sources.setdefault(place, path)
+            if other is not path:
+                raise ValueError(
+                    f"{path}: run {place[1]} of study {place[0]} is in {other} too, and two runs "
+                    "would become one curve; give each run once, or each study its own name"
+                )
+        rows += table
     return Results(tuple(rows), ", ".join(str(path) for path in paths))
 
 
@@ -118,7 +126,36 @@ def _read_table(path: Path, text_columns: Sequence[str]) -> list[dict[str, Any]]
             f"{path} has no column {missing[0]}; it is no table of `megatron-dlm study gather`"
         )
     rows: list[dict[str, Any]] = table.to_pylist()
+    _check_numbers(path, rows, [name for name in _NUMBERS if name not in text_columns])
     return rows
+
+
+def _check_numbers(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Refuse text where a number belongs; one such cell of a .csv makes its column text."""
+    for name in columns:
+        wrong = [
+            (line, row.get(name))
+            for line, row in enumerate(rows, 2)  # the first line of a .csv is its header
+            if not _is_number(name, row.get(name))
+        ]
+        if wrong:
+            line, value = next((one for one in wrong if not _reads_as_number(one[1])), wrong[0])
+            expected = "a whole number" if name == "step" else "a number or nothing"
+            raise ValueError(f"{path} row {line}: {name} is {value!r}; expected {expected}")
+
+
+def _is_number(name: str, value: Any) -> bool:
+    if name == "step":
+        return isinstance(value, (int, float)) and value % 1 == 0
+    return value is None or isinstance(value, (int, float))
+
+
+def _reads_as_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _read_csv(path: Path, text_columns: Sequence[str]) -> Any:

@@ -20,6 +20,7 @@ Report = Mapping[str, Any]
 
 # A section of config.yaml: its name and all lines up to the next one.
 _SECTION = re.compile(r"^(\w+):.*\n(?:[ #-].*\n|\n)*", re.MULTILINE)
+_TAIL_BYTES = 1 << 16  # several reports
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -42,6 +43,18 @@ def read_reports(path: Path, split: str, warnings: list[str]) -> Iterator[Report
         warnings.append(
             f"{path.parent.name}: {num_bad} lines of {path.name} are no reports and were left out"
         )
+
+
+def last_step(path: Path) -> int | None:
+    """Of the last whole report in a metrics.jsonl; None where it has none."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = stream.read().split(b"\n")[:-1]
+    except OSError:
+        return None
+    reports = filter(None, map(_report, reversed(lines)))
+    return next((report["step"] for report in reports), None)
 
 
 def _report(line: bytes) -> Report | None:

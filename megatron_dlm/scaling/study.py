@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_dlm.config.derive import resolve
 from megatron_dlm.config.keys import suggestion
-from megatron_dlm.config.parse import RepeatedParser, keys_of_file, parse
+from megatron_dlm.config.parse import RepeatedParser, keys_of_file
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.config.validate import check
 from megatron_dlm.scaling.figures.kinds import Spec, parse_figures
+from megatron_dlm.scaling.study_parts import (
+    RUNS,
+    Place,
+    Settings,
+    axis_at,
+    combined_at,
+    files_at,
+    list_at,
+    load_file,
+    mapping_at,
+    num_gpus_of,
+    place_at,
+    settings_at,
+)
 
 _KEYS = ("name", "question", "base", "num_gpus", "set", "axes", "combined", "leave_out", "figures")
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
-_AXIS = re.compile(r"[A-Za-z]\w*")
-
-COLUMNS_OF_RUNS = (
-    *("study", "run", "num_parameters", "training_flops_per_token", "unique_tokens", "commit"),
-    *("uncommitted_changes", "num_parameters_without_embeddings", "flops_per_token_six_n"),
-    *("flops_per_token_six_p_and_attention", "step", "split", "tokens", "training_flops", "epoch"),
-)
-"""Columns of every table of results: no axis may have one of these names."""
-_RUNS = "{runs}"
-_PARENT = re.compile(r"\{runs\}/([^/]+)")
-
-Settings = dict[str, Any]
-"""Dotted key of RunConfig -> value; `config` -> files, as --config of the run."""
-
-Place = Mapping[str, Sequence[str]]
-"""Axis -> labels: every run that has one of them on each of these axes."""
+_PARENT = re.compile(re.escape(RUNS) + r"/([^/]+)")
 
 
 @dataclass(frozen=True)
@@ -56,15 +50,9 @@ class StudyRun:
     after: tuple[str, ...] = ()
     """Names of the runs whose checkpoints it needs."""
 
-    def config(self, output_dir: Path) -> RunConfig:
-        """The checked configuration; raises ValueError, which names the run, where it is wrong."""
-        flags = [*self.flags_in(output_dir.parent), "--train.output_dir", str(output_dir)]
-        with _naming(self):
-            return parse(RunConfig, flags, f"run {self.name}")
-
     def flags_in(self, runs: Path) -> list[str]:
         """The flags of this run where the runs of the study lie in this folder."""
-        return [flag.replace(_RUNS, str(runs)) for flag in self.flags]
+        return [flag.replace(RUNS, str(runs)) for flag in self.flags]
 
 
 @dataclass(frozen=True)
@@ -92,19 +80,26 @@ class Study:
         Hundreds take seconds. Reads tokenizers, and no data. Raises ValueError, which names the
         run, where one is wrong.
         """
+        found = {}
+        for name, config in self.written(runs).items():
+            try:
+                found[name] = resolve(config)
+                check(found[name], world_size)
+            except ValueError as error:
+                raise ValueError(f"run {name}: {error}") from None
+        return found
+
+    def written(self, runs: Path) -> dict[str, RunConfig]:
+        """The same before anything is read from a tokenizer or checked against other settings."""
         parser = RepeatedParser(RunConfig, "megatron-dlm train")
         found = {}
         for run in self.runs:
-            with _naming(run):
-                output = ["--train.output_dir", str(runs / run.name)]
-                config = resolve(parser.parse([*run.flags_in(runs), *output]))
-                check(config, world_size)
-            found[run.name] = config
+            output = ["--train.output_dir", str(runs / run.name)]
+            try:
+                found[run.name] = parser.parse([*run.flags_in(runs), *output])
+            except ValueError as error:
+                raise ValueError(f"run {run.name}: {error}") from None
         return found
-
-    def check(self, world_size: int = 1) -> None:
-        """Refuse the study if one of its runs could not start."""
-        self.configs(Path("runs"), world_size)
 
     def waves(self) -> list[tuple[StudyRun, ...]]:
         """All runs; those of a wave need checkpoints of earlier waves only.
@@ -123,15 +118,6 @@ class Study:
             done.update(run.name for run in wave)
             waiting = tuple(run for run in waiting if run.name not in done)
         return waves
-
-
-@contextmanager
-def _naming(run: StudyRun) -> Iterator[None]:
-    """Put the name of the run before what is wrong with it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"run {run.name}: {error}") from None
 
 
 def read_study(path: Path) -> Study:
@@ -157,24 +143,25 @@ def read_study(path: Path) -> Study:
 
     Raises ValueError, which names the file and the place, for anything else.
     """
-    spec = _load(path)
-    unknown = sorted(spec.keys() - set(_KEYS))
-    if unknown:
-        raise ValueError(f"{path}: unknown key {unknown[0]} (have: {', '.join(_KEYS)})")
+    spec = load_file(path)
+    for key in spec:
+        if key not in _KEYS:
+            raise ValueError(f"{path}: unknown key {key} (have: {', '.join(_KEYS)})")
     axes = {
-        name: _axis(path, name, values) for name, values in _mapping(path, spec, "axes").items()
+        name: axis_at(path, name, values) for name, values in mapping_at(path, spec, "axes").items()
     }
     if not axes:
         raise ValueError(f"{path}: axes is empty; give one axis of one label at least")
-    combined = _combined(path, spec, axes)
+    combined = combined_at(path, spec, axes)
     runs = _expand(path, spec, axes, combined)
     _check_parents(path, runs)
+    _refuse_twins(path, runs)
     study = Study(
-        name=str(spec.get("name", path.stem)),
-        question=str(spec.get("question", "")),
+        name=str(spec.get("name") or path.stem),
+        question=str(spec.get("question") or ""),
         axes=tuple(axes),
         runs=tuple(runs),
-        num_gpus=_num_gpus(path, spec),
+        num_gpus=num_gpus_of(path, spec),
         settings=_settings(axes, combined),
     )
     study.waves()
@@ -188,11 +175,15 @@ def _expand(
     combined: Sequence[tuple[Place, Settings]],
 ) -> list[StudyRun]:
     """A run for every combination of labels that is not left out."""
-    left_out = [_place(path, "leave_out", item, axes) for item in _list(path, spec, "leave_out")]
-    base = _files(path, "base", spec.get("base"))
-    shared = _mapping(path, spec, "set")
+    left_out = [
+        place_at(path, f"leave_out entry {number}", item, axes)
+        for number, item in enumerate(list_at(path, spec, "leave_out"), 1)
+    ]
+    base = files_at(path, "base", spec.get("base"))
+    shared = mapping_at(path, spec, "set")
     if "config" in shared:
         raise ValueError(f"{path}: set has config; name files of every run under base")
+    shared = settings_at(path, "set", shared)
     runs = []
     for labels in product(*axes.values()):
         place = dict(zip(axes, labels, strict=True))
@@ -251,107 +242,24 @@ def _check_parents(path: Path, runs: Sequence[StudyRun]) -> None:
         for parent in run.after:
             if parent not in names:
                 raise ValueError(
-                    f"{path}: run {run.name} goes on from {_RUNS}/{parent}, which is no run of "
+                    f"{path}: run {run.name} goes on from {RUNS}/{parent}, which is no run of "
                     f"this study{suggestion(parent, names)}"
                 )
 
 
-def _num_gpus(path: Path, spec: Mapping[str, Any]) -> int:
-    number = spec.get("num_gpus", 1)
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError(f"{path}: num_gpus is {number!r}; expected a whole number from 1 on")
-    return number
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"study {path}: cannot read the file ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"study {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(spec, dict):
-        raise ValueError(f"study {path}: expected keys such as `axes:` at the top level")
-    return spec
-
-
-def _mapping(path: Path, spec: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = spec.get(key) or {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: {key} is {value!r}; expected a mapping")
-    return value
-
-
-def _axis(path: Path, name: Any, values: Any) -> dict[str, Settings]:
-    if not isinstance(name, str) or not _AXIS.fullmatch(name) or name in COLUMNS_OF_RUNS:
-        raise ValueError(
-            f"{path}: axes has the name {name!r}; axes become columns of the table of results: "
-            f"letters, digits and _, and none of {', '.join(COLUMNS_OF_RUNS)}"
-        )
-    if not isinstance(values, dict) or not values:
-        raise ValueError(f"{path}: axes.{name} needs labels, each with its settings")
-    for label, settings in values.items():
-        if not isinstance(label, str) or not _LABEL.fullmatch(label):
+def _refuse_twins(path: Path, runs: Sequence[StudyRun]) -> None:
+    """Two runs of the same settings would count as repetitions of an experiment."""
+    names: dict[tuple[str, ...], str] = {}
+    for run in runs:
+        files = run.flags[: len(run.flags) - 2 * len(run.settings)]
+        settings = sorted(f"{key} {json.dumps(value)}" for key, value in run.settings.items())
+        twin = names.setdefault((*files, *settings), run.name)
+        if twin != run.name:
             raise ValueError(
-                f"{path}: axes.{name} has the label {label!r}; labels become names of folders: "
-                "letters, digits, and . + - behind the first"
+                f"{path}: runs {twin} and {run.name} have the same settings; their labels must "
+                "differ in one, such as train.seed"
             )
-        if settings is not None and not isinstance(settings, dict):
-            raise ValueError(f"{path}: axes.{name}.{label} is {settings!r}; expected settings")
-    found = {label: dict(settings or {}) for label, settings in values.items()}
-    for label, settings in found.items():
-        if "config" in settings:
-            place = f"axes.{name}.{label}.config"
-            settings["config"] = _files(path, place, settings["config"])
-    return found
-
-
-def _list(path: Path, spec: Mapping[str, Any], key: str) -> list[Any]:
-    items = spec.get(key) or []
-    if not isinstance(items, list):
-        raise ValueError(f"{path}: {key} is {items!r}; expected a list")
-    return items
-
-
-def _place(
-    path: Path, key: str, named: Any, axes: Mapping[str, Mapping[str, Settings]]
-) -> dict[str, Sequence[str]]:
-    """Axis -> its labels that are meant."""
-    if not isinstance(named, dict) or not named:
-        raise ValueError(f"{path}: {key} has {named!r}; expected axis: label")
-    place: dict[str, Sequence[str]] = {}
-    for axis, labels in named.items():
-        place[axis] = labels if isinstance(labels, list) else [labels]
-        for label in place[axis]:
-            if axis not in axes or label not in axes[axis]:
-                raise ValueError(f"{path}: {key} names {axis}: {label}, which no axis has")
-    return place
 
 
 def _is_at(labels: Mapping[str, str], place: Place) -> bool:
     return all(labels[axis] in meant for axis, meant in place.items())
-
-
-def _combined(
-    path: Path, spec: Mapping[str, Any], axes: Mapping[str, Mapping[str, Settings]]
-) -> list[tuple[Place, Settings]]:
-    found: list[tuple[Place, Settings]] = []
-    for item in _list(path, spec, "combined"):
-        is_whole = isinstance(item, dict) and item.keys() == {"at", "set"}
-        if not is_whole or not isinstance(item["set"], dict) or "config" in item["set"]:
-            raise ValueError(
-                f"{path}: combined has {item!r}; expected at: {{axis: label}} and set: settings"
-            )
-        found.append((_place(path, "combined.at", item["at"], axes), item["set"]))
-    return found
-
-
-def _files(path: Path, place: str, named: Any) -> list[str]:
-    """Files beside that of the study, or presets, as --config takes them."""
-    files = [named] if isinstance(named, str) else named or []
-    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise ValueError(f"{path}: {place} is {named!r}; expected a file or a list of files")
-    return [
-        file if file.startswith("preset:") else os.path.normpath(path.parent / file)
-        for file in files
-    ]

@@ -19,7 +19,8 @@ from megatron_dlm.config.study_commands import StudyPlanConfig
 from megatron_dlm.models.accounting import count_parameters
 from megatron_dlm.runtime.files import write_whole
 from megatron_dlm.scaling.flops import training_flops
-from megatron_dlm.scaling.study import Study, read_study
+from megatron_dlm.scaling.study import Study, StudyRun, read_study
+from megatron_dlm.scaling.study_results import make_folder
 
 _HOUR = 3600.0
 _MOST_ROWS = 40
@@ -56,7 +57,7 @@ def plan_study(config: StudyPlanConfig) -> None:
     study = read_study(source)
     peak = config.mfu * GPUS[config.gpu].peak_flops
     costs = costs_of(study.configs(folder / "runs", study.num_gpus), peak_flops=peak)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_whole(folder / "sweep.txt", sweep_list(study, folder / "runs"))
     plan = {
         "study": study.name,
@@ -130,14 +131,25 @@ def _start_step(config: RunConfig, configs: Mapping[str, RunConfig]) -> int | No
 
 def sweep_list(study: Study, runs: Path) -> str:
     """A line for every run: its name and its flags (see slurm/sweep.sbatch), in waves."""
-    lines = [f"# {study.name}: {study.question}".rstrip(": ")]
+    # A question may have several lines, and a line that is no comment is a run.
+    lines = [" ".join(f"# {study.name}: {study.question}".split()).rstrip(": ")]
     for (first, last), wave in zip(_ranges(study), study.waves(), strict=True):
         if first > 0:
             lines.append(f"# --array={first}-{last}, once all runs above are finished:")
         for run in wave:
             after = f"  # after {', '.join(run.after)}" if run.after else ""
-            lines.append(f"{run.name}  {shlex.join(run.flags_in(runs))}{after}")
+            lines.append(f"{run.name}  {_flags_in_a_line(run, runs)}{after}")
     return "\n".join(lines) + "\n"
+
+
+def _flags_in_a_line(run: StudyRun, runs: Path) -> str:
+    text = shlex.join(run.flags_in(runs))
+    if "\n" in text:
+        raise ValueError(
+            f"run {run.name}: a setting has a line break, which sweep.txt cannot hold; use a file "
+            "under base, or `study run`"
+        )
+    return text
 
 
 def _ranges(study: Study) -> list[tuple[int, int]]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_dlm.config.study_commands import StudyGatherConfig, StudyStatusConfig
+from megatron_dlm.scaling.contradictions import contradictions_of
 from megatron_dlm.scaling.gather import Gathered, gather
+from megatron_dlm.scaling.run_state import state_of
 from megatron_dlm.scaling.study import Study, StudyRun, read_study
-from megatron_dlm.training.status import read_status
 
 if TYPE_CHECKING:
     import pyarrow
+
+
+_MOST_NAMES = 6
 
 
 def run_folder(study_folder: Path, run: StudyRun) -> Path:
@@ -22,30 +28,38 @@ def run_folder(study_folder: Path, run: StudyRun) -> Path:
     return study_folder / "runs" / run.name
 
 
-def state_of(study_folder: Path, run: StudyRun) -> tuple[str, int | None, str]:
-    """State, step and reason of a run, of its status.json."""
-    status = read_status(run_folder(study_folder, run))
-    return (
-        ("not begun", None, "")
-        if status is None
-        else (status.state, status.step, status.reason or "")
-    )
+def make_folder(folder: Path, name: str = "output_dir") -> None:
+    """Raises ValueError, which names the flag and the folder, where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{name} {folder} cannot be made ({error.strerror}); choose another"
+        ) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} {folder} is not writable; choose another")
 
 
 def status_study(config: StudyStatusConfig) -> None:
-    """Print a line for every run."""
+    """Print a line for every run, and where runs are not those of the study."""
     study = read_study(Path(config.study))
+    folder = Path(config.output_dir)
+    if not folder.is_dir():
+        raise ValueError(f"output_dir {folder} does not exist; `study run` makes it")
     table = Table(title=study.name)
     for column in ("run", "state", "step", "reason"):
         table.add_column(column)
     counts: dict[str, int] = {}
     for run in study.runs:
-        state, step, reason = state_of(Path(config.output_dir), run)
-        counts[state] = counts.get(state, 0) + 1
-        table.add_row(run.name, state, "" if step is None else str(step), reason)
+        found = state_of(run_folder(folder, run))
+        counts[found.state] = counts.get(found.state, 0) + 1
+        step = "" if found.step is None else str(found.step)
+        table.add_row(run.name, found.state, step, escape(found.reason))
     console = Console()
     console.print(table)
     console.print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    for warning in contradictions_of(study, study.runs, folder / "runs"):
+        print(f"warning: {warning}")
 
 
 def gather_study(config: StudyGatherConfig) -> None:
@@ -66,7 +80,10 @@ def gather_runs(study: Study, folder: Path, *, split: str = "valid") -> Gathered
     """The tidy table of the runs in a study's folder; ValueError where there are no reports."""
     gathered = gather(study, folder / "runs", split=split)
     if not gathered.num_runs:
-        raise ValueError(f"{folder}: no run of {study.name} has reported anything; run it first")
+        failed = [run.name for run in study.runs if state_of(run_folder(folder, run)).is_failure]
+        names = ", ".join(failed[:_MOST_NAMES]) + (" ..." if len(failed) > _MOST_NAMES else "")
+        why = f"failed: {names} (`study status` says why)" if failed else "run it first"
+        raise ValueError(f"{folder}: no run of {study.name} has reported anything; {why}")
     return gathered
 
 
@@ -75,7 +92,7 @@ def write_table(table: pyarrow.Table, output: Path) -> None:
     import pyarrow.csv
     import pyarrow.parquet
 
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent, "the folder of output")
     temporary = output.with_name(f".{output.name}.tmp")
     if output.suffix == ".csv":
         pyarrow.csv.write_csv(table, temporary)

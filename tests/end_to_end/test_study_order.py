@@ -1,8 +1,9 @@
-"""`study run`: runs that go on from others, runs that fail, a stop signal. Real processes."""
+"""`study run`: order, failures, and every way in which it may end early. Real processes."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from tiny_corpus import TinyCorpus
 
+from megatron_dlm import cli
+from megatron_dlm.scaling.run_state import owner_of, state_of
 from megatron_dlm.training.status import read_status
 
 
@@ -58,6 +62,15 @@ def running(study: Path) -> Iterator[subprocess.Popen[str]]:
             process.communicate()
 
 
+def wait_for(process: subprocess.Popen[str], *runs: Path) -> None:
+    """Until all of these have reported."""
+    deadline = time.monotonic() + 240
+    while not all((run / "metrics.jsonl").exists() for run in runs):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def steps(run: Path) -> list[int]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines]
@@ -97,14 +110,11 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(
     study = write_study(tmp_path, tiny_corpus, axes, steps=100_000)
     runs = [tmp_path / "out/runs" / name for name in ("s1", "s2")]
     with running(study) as process:
-        deadline = time.monotonic() + 240
-        while not all((run / "metrics.jsonl").exists() for run in runs):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+        wait_for(process, *runs)
+        # What a terminal sends when it is closed; SIGTERM and Ctrl-C are the same to us.
+        process.send_signal(signal.SIGHUP)
         told, wrong = process.communicate(timeout=240)
-    assert process.returncode == 128 + signal.SIGTERM, told + wrong
+    assert process.returncode == 128 + signal.SIGHUP, told + wrong
     assert "stopped; the same command goes on from here" in told
     saved = {}
     for run in runs:
@@ -125,6 +135,17 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(
         assert steps(run) == list(range(1, max(saved.values()) + 3))
 
 
+def test_only_must_name_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "study.yaml").write_text(
+        "set: {model.vocab_size: 9, objective.mask_token_id: 8, train.steps: 9}\n"
+        "axes: {seed: {s1: {train.seed: 1}, s2: {train.seed: 2}}}\n"
+    )
+    place = ["--study", str(tmp_path / "study.yaml"), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["study", "run", *place, "--only", "s3,s4"]) == 2
+    message = "only s3, s4: no run has that in its name (have: s1, s2)"
+    assert message in capsys.readouterr().err
+
+
 def test_only_needs_the_parent_finished(tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
     axes = '  stage: {constant: {}, decay: {train.start_from: "{runs}/constant"}}'
     study = write_study(tmp_path, tiny_corpus, axes, steps=6)
@@ -134,3 +155,74 @@ def test_only_needs_the_parent_finished(tiny_corpus: TinyCorpus, tmp_path: Path)
     assert answer.returncode == 2
     assert "not started: decay needs constant" in answer.stdout
     assert not (tmp_path / "out/runs").exists()
+
+
+def test_no_run_outlives_it_when_nobody_reads_what_it_says(
+    tiny_corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    """`study run | head`: the next line that it prints ends it, and its runs save."""
+    axes = "  length: {long: {train.steps: 100000}, short: {train.steps: 40}}"
+    study = write_study(tmp_path, tiny_corpus, axes, steps=1)
+    long = tmp_path / "out/runs/long"
+    with running(study) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for _ in range(3):  # how many runs, and that two of them begin
+            assert process.stdout.readline()
+        process.stdout.close()
+        wrong = process.stderr.read()
+        assert process.wait(240) == 2
+    assert "Broken pipe" in wrong
+    assert state_of(tmp_path / "out/runs/short").state == "finished"
+    found = state_of(long)
+    assert found.state == "preempted"
+    assert owner_of(long) is None
+    if found.step:
+        assert (long / f"checkpoints/iter_{found.step:07d}").is_dir()
+
+
+def test_runs_of_a_killed_runner_are_waited_for(tiny_corpus: TinyCorpus, tmp_path: Path) -> None:
+    """Its runs go on without it. They are not failures, and what needs them still starts."""
+    axes = """
+  stage: {constant: {}, decay: {train.start_from: "{runs}/constant", train.steps: 204}}
+"""
+    study = write_study(tmp_path, tiny_corpus, axes, steps=200)
+    constant = tmp_path / "out/runs/constant"
+    with running(study) as process:
+        wait_for(process, constant)
+        owner = owner_of(constant)
+        assert owner is not None
+        os.kill(owner.pid, signal.SIGSTOP)  # so that it is still there when the next one looks
+        process.kill()
+        process.communicate()
+    try:
+        assert state_of(constant).state == "running"
+        with running(study) as process:
+            assert process.stdout is not None
+            assert "2 runs, 0 of them finished" in process.stdout.readline()
+            wanted = f"waiting for constant, which is trained by process {owner.pid} on "
+            assert process.stdout.readline().startswith(wanted)
+            os.kill(owner.pid, signal.SIGCONT)
+            told, wrong = process.communicate(timeout=290)
+        assert process.returncode == 0, told + wrong
+        assert told.splitlines() == ["finished: constant", "begins: decay", "finished: decay"]
+    finally:
+        if owner_of(constant) == owner:
+            os.kill(owner.pid, signal.SIGKILL)
+
+
+def test_finished_runs_of_other_settings_are_refused(
+    tiny_corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    axes = "  seed: {s1: {train.seed: 1}}"
+    with running(write_study(tmp_path, tiny_corpus, axes, steps=2)) as process:
+        told, wrong = process.communicate(timeout=240)
+    assert process.returncode == 0, told + wrong
+    with running(write_study(tmp_path, tiny_corpus, axes, steps=3)) as process:
+        told, wrong = process.communicate(timeout=240)
+    assert process.returncode == 2, told + wrong
+    assert (
+        "finished runs are not those of the study: s1: was trained with train.steps 2, the study "
+        "says 3; give another output_dir, or remove the folders of these runs under"
+    ) in wrong
+    assert steps(tmp_path / "out/runs/s1") == [1, 2]

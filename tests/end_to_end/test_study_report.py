@@ -12,6 +12,7 @@ import pytest
 from study_runs import CROSSOVER, LINES, write_runs, write_study
 
 from megatron_dlm import cli
+from megatron_dlm.scaling.figures import kinds
 from megatron_dlm.training.status import write_status
 
 TWO_FIGURES = CROSSOVER + "  curves: {kind: curves, lines: objective, panels: unique}\n"
@@ -81,6 +82,7 @@ def test_doubts_are_at_the_top(study: Path, capsys: pytest.CaptureFixture[str]) 
     facts = json.loads((runs / "ar_u1_s1" / "run.json").read_text())
     (runs / "ar_u1_s1" / "run.json").write_text(json.dumps({**facts, "uncommitted_changes": True}))
     write_status(runs / "ar_u2_s1", "failed", 40, "<b>out of memory</b>")
+    write_status(runs / "ar_u1_s2", "running", 0)  # and no process has the folder
     (runs / "masked_u2_s2" / "metrics.jsonl").unlink()
     (runs / "masked_u1_s1" / "config.yaml").unlink()
     assert report(study) == 0
@@ -88,14 +90,18 @@ def test_doubts_are_at_the_top(study: Path, capsys: pytest.CaptureFixture[str]) 
     (warnings,) = re.findall(r'<ul class="warnings" role="note">(.*?)</ul>', html)
     assert re.findall("<li>(.*?)</li>", warnings) == [
         "masked_u1_s1: cannot read config.yaml; its columns are empty",
-        "1 runs have not reported: masked_u2_s2",
-        "1 runs are not finished: ar_u2_s1",
+        "1 of 8 runs have not reported: masked_u2_s2",
+        "2 runs are not finished: ar_u1_s2, ar_u2_s1",
         "the runs were made from 2 states of the code (see below)",
     ]
     assert "0123456789ab with uncommitted changes (1 runs)" in html
     assert "failed: &lt;b&gt;out of memory" in html
+    assert '<span class="state-failed">killed: it ended without a word' in html
     assert "<b>out" not in html
-    assert "warning: masked_u1_s1: cannot read config.yaml" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "warning: masked_u1_s1: cannot read config.yaml" in told
+    assert "1 of 8 runs have not reported: masked_u2_s2\n" in told
+    assert "2 runs are not finished: ar_u1_s2, ar_u2_s1\n" in told
 
 
 def test_a_figure_that_cannot_be_drawn_is_named(
@@ -114,6 +120,23 @@ def test_a_figure_that_cannot_be_drawn_is_named(
     assert html.count("<img ") == 1
 
 
+def test_a_figure_that_fails_by_our_mistake_does_not_cost_the_page(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec_class, _ = kinds.KINDS["crossover"]
+
+    def draw(*_: object) -> None:
+        raise IndexError("no such <place>")
+
+    monkeypatch.setitem(kinds.KINDS, "crossover", (spec_class, draw))
+    with pytest.raises(IndexError, match="no such <place>"):
+        report(study)
+    html = page(study)
+    wanted = "figure crossover: an error of this program: IndexError: no such &lt;place&gt;"
+    assert wanted in html
+    assert html.count("<img ") == 1
+
+
 def test_a_study_without_figures(tmp_path: Path) -> None:
     path = write_study(tmp_path, LINES)
     write_runs(path, tmp_path / "out", last_epoch=3)
@@ -123,11 +146,26 @@ def test_a_study_without_figures(tmp_path: Path) -> None:
 
 
 def test_more_axes_than_two_draw_nothing_by_themselves(tmp_path: Path) -> None:
-    path = write_study(tmp_path, LINES.replace("seed:", "size:"))
+    path = write_study(tmp_path, LINES.replace(" seed:", " size:"))
     write_runs(path, tmp_path / "out", last_epoch=3, score=lambda run, epoch: 1 / epoch)
     assert report(path) == 0
     assert "declares no <code>figures:</code>, and has more axes than two" in page(path)
     assert "<img" not in page(path)
+
+
+def test_a_table_of_other_settings(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(study) == 0
+    assert "the study says" not in capsys.readouterr().out
+    study.write_text(
+        study.read_text().replace("data.unique_tokens: 3200", "data.unique_tokens: 6400")
+    )
+    assert report(study, "--results", str(study.parent / "out/results.csv")) == 0
+    warning = (
+        "ar_u2_s1, ar_u2_s2, masked_u2_s1 and 1 more: were trained with data.unique_tokens 3200, "
+        "the study says 6400"
+    )
+    assert f"warning: {warning}" in capsys.readouterr().out
+    assert warning in page(study)
 
 
 def test_a_table_of_another_study(

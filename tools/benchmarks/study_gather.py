@@ -17,13 +17,12 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from measure import environment, print_environment, write_json
 
-from megatron_dlm.config.derive import resolve
 from megatron_dlm.config.parse import dump
 from megatron_dlm.scaling.study import Study, read_study
 from megatron_dlm.scaling.study_results import gather_runs, write_table
@@ -139,7 +138,9 @@ def _write_runs(folder: Path, arguments: argparse.Namespace) -> Study:
         path.mkdir(parents=True)
         setting = (run.labels["objective"], run.labels["unique"])
         if setting not in templates:  # parsing a thousand configurations would take minutes
-            templates[setting] = dump(resolve(run.config(Path("OUTPUT"))))
+            one = replace(study, runs=(run,))
+            (config,) = one.configs(Path("OUTPUT")).values()
+            templates[setting] = dump(config).replace(f"OUTPUT/{run.name}", "OUTPUT")
         text = templates[setting].replace("OUTPUT", str(path))
         seed = run.labels["seed"][1:]
         (path / "config.yaml").write_text(text.replace("\n  seed: 0\n", f"\n  seed: {seed}\n", 1))

@@ -61,7 +61,7 @@ def render(page: StudyPage) -> str:
         f"<header><h1>{escape(title)}</h1>",
         f'<p class="question">{escape(page.study.question)}</p>',
         f'<p class="quiet">{_summary(page)}</p></header>',
-        warnings([escape(text) for text in (*page.warnings, *_doubts(page))]),
+        warnings([escape(text) for text in (*page.warnings, *doubts(page))]),
         "<main>",
         *(_figure(figure) for figure in page.figures),
         _no_figures(page),
@@ -83,13 +83,15 @@ def _summary(page: StudyPage) -> str:
     )
 
 
-def _doubts(page: StudyPage) -> list[str]:
+def doubts(page: StudyPage) -> list[str]:
     """What a reader should know before the figures are believed."""
     found = []
     missing = [run.name for run in page.runs if run.last is None]
     if missing:
-        found.append(f"{len(missing)} runs have not reported: {_first_of(missing)}")
-    unfinished = [run.name for run in page.runs if run.state in ("running", "preempted", "failed")]
+        num_runs = f"{len(missing)} of {len(page.runs)} runs"
+        found.append(f"{num_runs} have not reported: {_first_of(missing)}")
+    begun = ("running", "killed", "preempted", "failed")
+    unfinished = [run.name for run in page.runs if run.state in begun]
     if unfinished:
         found.append(f"{len(unfinished)} runs are not finished: {_first_of(unfinished)}")
     made_from = commits(page.results.rows)
@@ -152,7 +154,9 @@ def _cells(run: RunLine, axes: Sequence[str]) -> list[str]:
     state = escape(f"{run.state}: {run.reason}" if run.reason else run.state)
     return [
         *(escape(run.labels[axis]) for axis in axes),
-        f'<span class="state-failed">{state}</span>' if run.state == "failed" else state,
+        f'<span class="state-failed">{state}</span>'
+        if run.state in ("failed", "killed")
+        else state,
         *(ABSENT if run.step is None else f"{run.step:,}",),
         *(ABSENT if run.tokens is None else short(run.tokens),),
         *(ABSENT if run.best is None else f"{run.best:.4f}",),

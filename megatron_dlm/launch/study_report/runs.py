@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dlm.scaling.results import Results, Row, number
+from megatron_dlm.scaling.run_state import RunState, state_of
 from megatron_dlm.scaling.study import Study
-from megatron_dlm.scaling.study_results import run_folder, state_of
+from megatron_dlm.scaling.study_results import run_folder
 
 _METRIC = "nelbo"
 
@@ -40,7 +41,7 @@ def run_lines(study: Study, results: Results, folder: Path) -> list[RunLine]:
     for run in study.runs:
         place = run_folder(folder, run)
         link = place.relative_to(folder).as_posix() if place.is_dir() else None
-        state, step, reason = state_of(folder, run) if link else ("", None, "")
+        found = state_of(place) if link else RunState("")
         rows = reported.get(run.name, ())
         scored = [row for row in rows if number(row, _METRIC) is not None]
         best = min(scored, key=lambda row: row[_METRIC]) if scored else None
@@ -49,9 +50,9 @@ def run_lines(study: Study, results: Results, folder: Path) -> list[RunLine]:
             RunLine(
                 name=run.name,
                 labels=run.labels,
-                state=state or ("reported" if rows else "not begun"),
-                reason=reason,
-                step=rows[-1]["step"] if rows else step,
+                state=found.state or ("reported" if rows else "not begun"),
+                reason=found.reason,
+                step=rows[-1]["step"] if rows else found.step,
                 tokens=rows[-1].get("tokens") if rows else None,
                 best=None if best is None else number(best, _METRIC),
                 best_epoch=None if best is None else number(best, "epoch"),

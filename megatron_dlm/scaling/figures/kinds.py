@@ -81,16 +81,11 @@ def draw_figure(name: str, spec: Spec, results: Results, study: Study, folder: P
         raise ValueError(f"figure {name}: {error}") from None
 
 
-def kind_of(spec: Spec) -> str:
-    """The name of the kind whose keys these are."""
-    return next(name for name, (kind, _) in KINDS.items() if type(spec) is kind)
-
-
 def _parse_figure(keys: Any, study: Study) -> Spec:
     if not isinstance(keys, dict) or "kind" not in keys:
         raise ValueError(f"expected kind: and its keys; kinds are {', '.join(KINDS)}")
     kind = keys["kind"]
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         meant = suggestion(str(kind), KINDS)
         raise ValueError(f"unknown kind {kind}{meant} (have: {', '.join(KINDS)})")
     spec_class, _ = KINDS[kind]

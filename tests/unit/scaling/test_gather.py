@@ -15,6 +15,7 @@ from megatron_dlm.scaling.flops import training_flops
 from megatron_dlm.scaling.gather import gather
 from megatron_dlm.scaling.results import Results, read_results
 from megatron_dlm.scaling.study import read_study
+from megatron_dlm.training.status import write_status
 
 COLUMNS = [
     *("study", "run", "objective", "unique", "seed"),
@@ -111,6 +112,40 @@ def test_status_has_a_line_for_every_run(
     assert "7 not begun, 1 finished" in output
 
 
+def test_status_says_what_it_would_not_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_run(tmp_path)
+    path = tmp_path / "study.yaml"
+    flags = ["--study", str(path), "--output_dir"]
+    assert cli.main(["study", "status", *flags, str(tmp_path / "nowhere")]) == 2
+    assert f"output_dir {tmp_path / 'nowhere'} does not exist" in capsys.readouterr().err
+    path.write_text(path.read_text().replace("{train.seed: 1}", "{train.seed: 5}"))
+    assert cli.main(["study", "status", *flags, str(tmp_path / "out")]) == 0
+    wanted = "warning: masked_u2_s1: was trained with train.seed 1, the study says 5"
+    assert wanted in capsys.readouterr().out
+
+
+def test_runs_that_all_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_study(tmp_path)
+    folder = tmp_path / "out/runs/ar_u1_s1"
+    folder.mkdir(parents=True)
+    write_status(folder, "failed", 0, "the data has gone")
+    flags = ["--study", str(path), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["study", "gather", *flags]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "no run of lines has reported anything; failed: ar_u1_s1 (`study status` says why)" in error
+    )
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_study(tmp_path)
+    flags = ["--study", str(path), "--output_dir", "/proc/nowhere"]
+    assert cli.main(["study", "plan", *flags]) == 2
+    assert "output_dir /proc/nowhere cannot be made" in capsys.readouterr().err
+
+
 def test_nothing_to_gather(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_study(tmp_path)
     flags = ["--study", str(path), "--output_dir", str(tmp_path / "out")]
@@ -144,15 +179,64 @@ def test_numbers_that_yaml_takes_for_text_contradict_nothing(tmp_path: Path) -> 
     assert "data.train" not in results.columns  # a mapping is no column
 
 
+def test_settings_of_all_runs_are_compared_too(tmp_path: Path) -> None:
+    """What no axis changes is no column, and still no run may differ in it unseen."""
+    text = LINES.replace("axes:", "set: {train.steps: 40, data.train: {text: 1}}\naxes:")
+    study = read_study(write_study(tmp_path, text))
+    for run in study.runs:
+        write_run(tmp_path / "out" / "runs" / run.name, run, REPORTS)
+    assert gathered(tmp_path)[1] == []
+    (tmp_path / "study.yaml").write_text(text.replace("train.steps: 40", "train.steps: 80"))
+    results, (warning,) = gathered(tmp_path)
+    assert warning == (
+        "ar_u1_s1, ar_u1_s2, ar_u2_s1 and 5 more: were trained with train.steps 40, "
+        "the study says 80"
+    )
+    assert "train.steps" not in results.columns
+    (tmp_path / "study.yaml").write_text(text.replace("{text: 1}", "{text: 1, b: 2}"))
+    (warning,) = gathered(tmp_path)[1]
+    assert warning.endswith("data.train {'text': 1}, the study says {'text': 1.0, 'b': 2.0}")
+
+
+def test_files_of_the_study_are_compared_as_well(tmp_path: Path) -> None:
+    """The base, and what no file gives: a run has a value of every setting."""
+    folder = one_run(tmp_path)
+    config = (folder / "config.yaml").read_text()
+    changed = config.replace("global_batch_size: 4", "global_batch_size: 8")
+    (folder / "config.yaml").write_text(changed + "optimizer: {lr: 0.5}\nlogging: {rich: x}\n")
+    rate, batch = gathered(tmp_path)[1]
+    assert batch == "masked_u2_s1: was trained with train.global_batch_size 8, the study says 4"
+    assert rate.startswith("masked_u2_s1: was trained with optimizer.lr 0.5, the study says ")
+
+
+def test_what_a_run_fills_in_contradicts_nothing(tmp_path: Path) -> None:
+    text = LINES.replace("s1: {train.seed: 1}", 's1: {train.start_from: "{runs}/ar_u1_s2"}')
+    folder = one_run(tmp_path, text=text)
+    config = (folder / "config.yaml").read_text()
+    assert "{runs}/ar_u1_s2" in config
+    config = config.replace("{runs}", "/elsewhere/runs").replace("device: cpu", "device: cuda")
+    (folder / "config.yaml").write_text(config)
+    assert gathered(tmp_path)[1] == []
+
+
+def test_a_study_that_is_wrong_now_is_still_gathered(tmp_path: Path) -> None:
+    one_run(tmp_path)
+    text = (tmp_path / "study.yaml").read_text()
+    (tmp_path / "study.yaml").write_text(text.replace("{train.seed: 2}", "{train.seed: two}"))
+    results, (warning,) = gathered(tmp_path)
+    assert len(results.rows) == 2
+    assert warning.startswith("the runs are not compared with the study, which is wrong: run ar_u1")
+
+
 def test_a_metric_does_not_hide_an_axis(tmp_path: Path) -> None:
-    one_run(tmp_path, text=LINES.replace("seed:", "grad_norm:"))
+    one_run(tmp_path, text=LINES.replace(" seed:", " grad_norm:"))
     results, _ = gathered(tmp_path)
     assert results.rows[0]["grad_norm"] == "s1"
     assert results.rows[0]["reported_grad_norm"] == 1.0
 
 
 def test_a_fact_does_not_hide_an_axis(tmp_path: Path) -> None:
-    one_run(tmp_path, text=LINES.replace("seed:", "host:"))
+    one_run(tmp_path, text=LINES.replace(" seed:", " host:"))
     assert gathered(tmp_path)[0].rows[0]["host"] == "s1"
 
 
@@ -184,10 +268,22 @@ def test_configurations_of_another_version(tmp_path: Path) -> None:
     assert results.rows[0]["data.unique_tokens"] == 3200
 
 
-def test_a_metric_that_is_no_number_is_left_empty(tmp_path: Path) -> None:
+def test_what_no_column_can_hold_is_left_empty(tmp_path: Path) -> None:
     folder = one_run(tmp_path)
+    lines = [
+        {"step": 3, "split": "valid", "nelbo": "high", "tokens": 1.5, "loss": 2},
+        {"step": 4, "split": "valid", "nelbo": True, "tokens": 10**30, "loss": 10**30},
+        {"step": 5, "split": "valid", "nelbo": 1.5, "tokens": 320.0, "loss": 2**60},
+    ]
     with (folder / "metrics.jsonl").open("a") as file:
-        line = {"step": 3, "split": "valid", "nelbo": "high", "tokens": 1.5, "loss": 2}
-        file.write(json.dumps(line) + "\n")
-    last = gathered(tmp_path)[0].rows[-1]
-    assert (last["nelbo"], last["loss"]) == (None, 2.0)
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    found = [(row["nelbo"], row["tokens"], row["loss"]) for row in gathered(tmp_path)[0].rows[-3:]]
+    assert found == [(None, None, 2.0), (None, None, 1e30), (1.5, 320, 2.0**60)]
+
+
+def test_a_fact_that_no_column_can_hold_is_left_empty(tmp_path: Path) -> None:
+    folder = one_run(tmp_path)
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**facts, "num_parameters": 10**30, "commit": 7}))
+    row = gathered(tmp_path)[0].rows[0]
+    assert (row["num_parameters"], row["commit"], row["unique_tokens"]) == (None, None, 3200)

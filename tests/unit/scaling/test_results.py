@@ -27,8 +27,6 @@ def test_runs_are_their_validations_by_step() -> None:
 def test_runs_of_several_studies_are_told_apart() -> None:
     results = Results((row(1, 1.0), row(1, 2.0, study="b")))
     assert list(results.runs()) == ["a/r", "b/r"]
-    assert list(results.where(study="b").runs()) == ["r"]
-    assert results.where(**{"study": "b", "nelbo": 1.0}).rows == ()
 
 
 def test_curves_leave_out_what_cannot_be_drawn() -> None:
@@ -82,3 +80,37 @@ def test_tables_follow_each_other(tmp_path: Path) -> None:
         ("a", None, 1e-3),
         ("b", None, 1e-3),
     ]
+
+
+def test_one_run_in_two_tables_is_refused(tmp_path: Path) -> None:
+    """Sorted by step, two runs of one name would become one curve."""
+    head = "study,run,step,split,nelbo\n"
+    (tmp_path / "one.csv").write_text(head + "a,q,10,valid,3.0\na,r,20,valid,2.5\n")
+    (tmp_path / "two.csv").write_text(head + "a,r,15,valid,9.0\na,p,20,valid,8.5\n")
+    with pytest.raises(ValueError, match=r"two\.csv: run r of study a is in .*one\.csv too, and"):
+        read_results(tmp_path / "one.csv", tmp_path / "two.csv")
+    # Another split of the same runs is no second run.
+    (tmp_path / "two.csv").write_text(head + "a,r,15,train,9.0\n")
+    assert len(read_results(tmp_path / "one.csv", tmp_path / "two.csv").rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ("3,valid,2.0\nx,valid,2.5", "row 3: step is 'x'; expected a whole number"),
+        ("3,valid,2.0\n1.5,valid,2.5", "row 3: step is 1.5; expected a whole number"),
+        ("3,valid,\n,valid,2.5", "row 3: step is None; expected a whole number"),
+        ("3,valid,2.0\n4,valid,abc", "row 3: nelbo is 'abc'; expected a number or nothing"),
+    ],
+)
+def test_text_where_a_number_belongs(tmp_path: Path, cells: str, message: str) -> None:
+    rows = "".join(f"a,r,{line}\n" for line in cells.split("\n"))
+    (tmp_path / "table.csv").write_text("study,run,step,split,nelbo\n" + rows)
+    with pytest.raises(ValueError, match=r"table\.csv row 3: ") as caught:
+        read_results(tmp_path / "table.csv")
+    assert message in str(caught.value)
+
+
+def test_an_axis_may_have_the_name_of_a_metric(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("study,run,step,split,loss\na,r,1,valid,mean\n")
+    assert read_results(tmp_path / "table.csv", text_columns=["loss"]).rows[0]["loss"] == "mean"

@@ -10,6 +10,8 @@ import pytest
 
 from megatron_dlm import cli
 from megatron_dlm.config.derive import resolve
+from megatron_dlm.config.parse import parse
+from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.models.accounting import count_parameters
 from megatron_dlm.scaling.flops import training_flops
 from megatron_dlm.scaling.study import read_study
@@ -87,7 +89,8 @@ def test_all_at_once_is_each_alone(folder: Path) -> None:
     configs = study.configs(Path("out/runs"), 2)
     assert list(configs) == [run.name for run in study.runs]
     for run in study.runs:
-        assert configs[run.name] == resolve(run.config(Path("out/runs", run.name)))
+        flags = [*run.flags_in(Path("out/runs")), "--train.output_dir", f"out/runs/{run.name}"]
+        assert configs[run.name] == resolve(parse(RunConfig, flags, "train"))
     wide = configs["decayed_wide_r2"]
     model = wide.model
     assert (model.hidden_size, model.ffn_hidden_size, model.num_layers) == (64, 48, 4)
@@ -109,7 +112,7 @@ def test_a_branch_costs_what_it_trains(folder: Path) -> None:
     # 1,601 tokens are 101 windows of 16 tokens; twice that in batches of 4 are 51 steps.
     assert costs["epochs_wide_r1"]["steps"] == 51
     assert tokens["epochs_wide_r1"] == 0  # its parent has taken 100 steps
-    config = read_study(Path("study.yaml")).runs[0].config(Path("out/runs/x"))
+    config = read_study(Path("study.yaml")).configs(Path("out/runs"), 2)["decayed_small_r1"]
     flops = training_flops(config.model, config.objective)
     cost = costs["decayed_small_r1"]
     assert cost["training_flops"] == pytest.approx(20 * 64 * flops.fine)
@@ -128,12 +131,12 @@ def test_a_branch_costs_what_it_trains(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("at: {rate: r1}", "at: {rate: r9}"), "combined.at names rate: r9, which no axis has"),
-        (("at: {rate: r1}", "at: {speed: r1}"), "combined.at names speed: r1, which no axis"),
+        (("at: {rate: r1}", "at: {rate: r9}"), "combined entry 1: at names rate: r9, which is"),
+        (("at: {rate: r1}", "at: {speed: r1}"), "combined entry 1: at names speed, which is no"),
         (("at: {rate: r1}, set", "on: {rate: r1}, set"), "expected at: {axis: label} and set:"),
         (("set: {optimizer.lr: 0.1}", "set: {config: wide.yaml}"), "expected at: {axis: label}"),
-        (("at: {rate: r1}", "at: {}"), "combined.at has {}; expected axis: label"),
-        (("size: [small, wide], r", "size: [small, broad], r"), "leave_out names size: broad"),
+        (("at: {rate: r1}", "at: {}"), "combined entry 1: at has {}; expected axis"),
+        (("size: [small, wide], r", "size: [small, broad], r"), "entry 1 names size: broad"),
         (("num_gpus: 2", "set: {config: wide.yaml}"), "set has config; name files of every run"),
         (("num_gpus: 2", "num_gpus: two"), "num_gpus is 'two'; expected a whole number"),
         (("config: small.yaml", "config: 3"), "axes.size.small.config is 3; expected a file"),
