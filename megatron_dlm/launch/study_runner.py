@@ -48,16 +48,11 @@ def run_study(config: StudyRunConfig) -> None:
     queue = _Queue(folder, study, sorted(waiting, key=lambda run: -flops[run.name]))
     workers = config.workers or num_cores()
     with _stop_signals() as received, _children() as children:
-        while (queue.waiting and not received) or children:
-            while not received and (run := queue.next(workers - len(children))):
+        while not received and (queue.waiting or children):
+            while run := queue.next(workers - len(children)):
                 children.append(_start(folder, run))
-            if received:
-                _ask_to_stop(children)
-            for child in [child for child in children if child.process.poll() is not None]:
-                children.remove(child)
-                if not received:
-                    queue.ended(child)
             time.sleep(_POLL_SECONDS)
+            _take_ended(children, queue)
     if received:
         with contextlib.suppress(OSError):  # the terminal may be what has gone
             print("stopped; the same command goes on from here", flush=True)
@@ -184,8 +179,6 @@ def _note_failure(directory: Path, process: subprocess.Popen[bytes]) -> str:
 class _Child:
     run: StudyRun
     process: subprocess.Popen[bytes]
-    is_asked: bool = False
-    """To stop."""
 
 
 def _start(folder: Path, run: StudyRun) -> _Child:
@@ -214,17 +207,16 @@ def _children() -> Iterator[list[_Child]]:
     try:
         yield children
     finally:
-        _ask_to_stop(children)
+        for child in children:
+            child.process.terminate()  # it saves and ends
         for child in children:
             child.process.wait()
 
 
-def _ask_to_stop(children: list[_Child]) -> None:
-    """Once each: they save and end."""
-    for child in children:
-        if not child.is_asked and child.process.poll() is None:
-            child.is_asked = True
-            child.process.terminate()
+def _take_ended(children: list[_Child], queue: _Queue) -> None:
+    for child in [child for child in children if child.process.poll() is not None]:
+        children.remove(child)
+        queue.ended(child)
 
 
 @contextlib.contextmanager
