@@ -143,5 +143,5 @@ def _finish_law(axes: Axes, name: str, label: str) -> None:
     axes.set_ylabel(label)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(
-            frameon=False, fontsize=8, loc="upper right" if name == "loss" else "upper left"
+            frameon=False, fontsize=8, loc="lower left" if name == "loss" else "upper left"
         )
