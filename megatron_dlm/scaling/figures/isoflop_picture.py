@@ -142,6 +142,4 @@ def _finish_law(axes: Axes, name: str, label: str) -> None:
     axes.set_xlabel("training FLOPs")
     axes.set_ylabel(label)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(
-            frameon=False, fontsize=8, loc="lower left" if name == "loss" else "upper left"
-        )
+        axes.legend(frameon=False, fontsize=8, loc="lower left" if name == "loss" else "upper left")
