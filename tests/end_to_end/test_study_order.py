@@ -130,9 +130,22 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(
         told, wrong = process.communicate(timeout=290)
     assert process.returncode == 0, told + wrong
     assert told.count("finished: ") == 3
+    last = max(saved.values()) + 2
     for run, step in saved.items():
         assert json.loads((run / "run.json").read_text())["resumed_from_step"] == step
-        assert steps(run) == list(range(1, max(saved.values()) + 3))
+        assert steps(run) == list(range(1, last + 1))
+
+    # What is finished is no run of a study that says something else.
+    write_study(tmp_path, tiny_corpus, axes, steps=last + 1)
+    with running(study) as process:
+        told, wrong = process.communicate(timeout=240)
+    assert process.returncode == 2, told + wrong
+    assert (
+        f"finished runs are not those of the study: s1, s2, s3: were trained with train.steps "
+        f"{last}, the study says {last + 1}; give another output_dir, or remove the folders of "
+        "these runs under"
+    ) in wrong
+    assert steps(runs[0])[-1] == last
 
 
 def test_only_must_name_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,20 +222,3 @@ def test_runs_of_a_killed_runner_are_waited_for(tiny_corpus: TinyCorpus, tmp_pat
     finally:
         if owner_of(constant) == owner:
             os.kill(owner.pid, signal.SIGKILL)
-
-
-def test_finished_runs_of_other_settings_are_refused(
-    tiny_corpus: TinyCorpus, tmp_path: Path
-) -> None:
-    axes = "  seed: {s1: {train.seed: 1}}"
-    with running(write_study(tmp_path, tiny_corpus, axes, steps=2)) as process:
-        told, wrong = process.communicate(timeout=240)
-    assert process.returncode == 0, told + wrong
-    with running(write_study(tmp_path, tiny_corpus, axes, steps=3)) as process:
-        told, wrong = process.communicate(timeout=240)
-    assert process.returncode == 2, told + wrong
-    assert (
-        "finished runs are not those of the study: s1: was trained with train.steps 2, the study "
-        "says 3; give another output_dir, or remove the folders of these runs under"
-    ) in wrong
-    assert steps(tmp_path / "out/runs/s1") == [1, 2]
