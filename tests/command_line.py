@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from fork_server import ForkedCommand
+from free_port import free_port
 from tiny_corpus import TinyCorpus
 
 START_SECONDS = 240.0
@@ -187,9 +187,7 @@ def start_ranks(
     imports: bool = False,
 ) -> list[Job]:
     """Ranks without a launcher: nobody kills the others when one fails, each ends by itself."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     jobs = []
     for rank in range(num_ranks):
         environment = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from forked_command import Outcome, finish, run, start
+from free_port import free_port
 
 PHASES = ("start", "step", "validation", "save", "publish", "retention")
 _STEPS, _SAVE_STEPS, _VALIDATION_STEPS = 40, 4, 5
@@ -114,7 +114,7 @@ class Job:
     def start(self) -> None:
         """Fork the ranks anew; they find each other through a port of this machine."""
         self._children, self._logs, self._statuses = [], [], {}
-        port = _free_port()
+        port = free_port()
         for rank in range(self.scenario.num_ranks):
             log = self.directory.with_suffix(f".rank{rank}.log")
             environment = {
@@ -256,9 +256,3 @@ def _text(path: Path) -> str:
         return path.read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return ""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
