@@ -19,26 +19,45 @@ def find_checkpoint(path: Path, step: int | None = None, *, verify: bool = True)
     Raises ValueError when there is none, or when its files do not have the checksums that were
     written (`verify`; about 1.7 GB/s a core).
     """
-    if not path.is_dir():
-        raise ValueError(f"{path} is no directory; give a run directory or one of its checkpoints")
-    if path.name.startswith("iter_"):
-        whole, warnings = whole_checkpoints(path.parent)
-        whole = [found for found in whole if found.path == path]
-        warnings = [warning for warning in warnings if str(path) in warning]
-    else:
-        root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        whole, warnings = whole_checkpoints(root)
+    whole, warnings = _candidates(path)
     if step is not None:
         steps = [found.step for found in whole]
         whole = [found for found in whole if found.step == step]
         if not whole:
             raise ValueError(f"{path} holds no whole checkpoint of step {step} (has {steps})")
     if not whole:
-        hint = warnings[-1] if warnings else "train first, or name another directory"
-        raise ValueError(f"{path} holds no whole checkpoint; {hint}")
+        raise ValueError(_nothing_in(path, warnings))
     if verify:
         check(whole[-1])
     return whole[-1]
+
+
+def find_checkpoints(path: Path) -> list[Checkpoint]:
+    """All whole checkpoints of a run directory, by step, without reading them.
+
+    Raises ValueError when there is none.
+    """
+    whole, warnings = _candidates(path)
+    if not whole:
+        raise ValueError(_nothing_in(path, warnings))
+    return whole
+
+
+def _candidates(path: Path) -> tuple[list[Checkpoint], list[str]]:
+    """What a directory may mean, by step, and warnings about what is not whole."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is no directory; give a run directory or one of its checkpoints")
+    if path.name.startswith("iter_"):
+        whole, warnings = whole_checkpoints(path.parent)
+        whole = [found for found in whole if found.path == path]
+        return whole, [warning for warning in warnings if str(path) in warning]
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    return whole_checkpoints(root)
+
+
+def _nothing_in(path: Path, warnings: list[str]) -> str:
+    hint = warnings[-1] if warnings else "train first, or name another directory"
+    return f"{path} holds no whole checkpoint; {hint}"
 
 
 def model_of(checkpoint: Checkpoint) -> tuple[ModelConfig, ObjectiveConfig]:

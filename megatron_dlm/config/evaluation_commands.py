@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_dlm.config.checks import require, require_positive
 
@@ -38,13 +38,17 @@ class EvaluateConfig:
     """Texts in one forward pass."""
     step: int | None = None
     """Take the checkpoint of this step of the run; default: the newest."""
+    every_checkpoint: bool = False
+    """Evaluate all checkpoints of the run, each into a folder of its own under output_dir
+    (iter_0000100), except those that are there already."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where it is available."""
     precision: Literal["checkpoint", "fp32", "bf16"] = "checkpoint"
     """Arithmetic of the model; checkpoint: as its weights are stored."""
     output_dir: str | None = None
     """Write results here: data.json and the figure noise_levels.png; tasks.json and
-    samples_TASK.jsonl."""
+    samples_TASK.jsonl. Default: nowhere, with every_checkpoint evaluations/ in the run; what lies
+    there is in the table of `study gather` too."""
 
     def __post_init__(self) -> None:
         require(
@@ -59,6 +63,10 @@ class EvaluateConfig:
             self.num_fewshot is None or self.num_fewshot >= 0,
             f"num_fewshot is {self.num_fewshot}; it must be at least 0",
         )
+        require(
+            self.step is None or not self.every_checkpoint,
+            f"step {self.step} and every_checkpoint exclude each other; remove one",
+        )
         for name in ("include_path", "num_fewshot"):
             require(
                 bool(self.tasks) or getattr(self, name) in (None, []),
@@ -69,3 +77,17 @@ class EvaluateConfig:
     def task_names(self) -> list[str]:
         """The names in tasks, one by one."""
         return [name for entry in self.tasks for name in entry.split(",") if name]
+
+    @property
+    def data_settings(self) -> dict[str, Any]:
+        """What the numbers of data.json depend on, beside the model."""
+        return self._settings("data", "limit", "num_samples", "seed", "precision")
+
+    @property
+    def task_settings(self) -> dict[str, Any]:
+        """What the numbers of tasks.json depend on, beside the model."""
+        names = ("num_fewshot", "limit", "num_samples", "enumerate_masks", "max_new_tokens")
+        return {"tasks": self.task_names, **self._settings(*names, "seed", "precision")}
+
+    def _settings(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}

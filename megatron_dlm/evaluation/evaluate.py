@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from megatron_dlm.config.evaluation_commands import EvaluateConfig
+from megatron_dlm.evaluation.every_checkpoint import each_checkpoint
 from megatron_dlm.evaluation.likelihood import check_objective
 from megatron_dlm.evaluation.plots import plot_noise_levels
 from megatron_dlm.evaluation.report import announce, model_facts, with_error, write_json
@@ -27,6 +28,11 @@ def evaluate(config: EvaluateConfig) -> None:
     """Print what was asked for, and write it to output_dir if there is one."""
     if config.tasks and find_spec("lm_eval") is None:
         raise ValueError("tasks need lm-eval; install megatron-dlm with its extra [eval]")
+    for one in each_checkpoint(config) if config.every_checkpoint else (config,):
+        _evaluate_model(one)
+
+
+def _evaluate_model(config: EvaluateConfig) -> None:
     device = choose_device(config.device)
     dtype = None if config.precision == "checkpoint" else config.precision
     model = load_model(config.model, device=device, dtype=dtype, step=config.step)
@@ -55,7 +61,8 @@ def _evaluate_data(config: EvaluateConfig, model: LoadedModel, console: Console)
     if config.output_dir is None:
         return
     directory = Path(config.output_dir)
-    report = {**model_facts(model), "data": [asdict(score) for score in scores]}
+    facts = {**model_facts(model), "settings": config.data_settings}
+    report = {**facts, "data": [asdict(score) for score in scores]}
     write_json(directory / "data.json", report)
     if draws_figure:
         labels = [f"{score.prefix}: {score.nats_per_token:.3f}" for score in scores]

@@ -68,6 +68,7 @@ def evaluate_tasks(config: EvaluateConfig, model: LoadedModel, console: Console)
     directory = Path(config.output_dir)
     report = {
         **model_facts(model),
+        "settings": config.task_settings,
         "results": found["results"],
         "delta_nll": {name: asdict(delta) for name, delta in deltas.items()},
         "lm_eval": {name: value for name, value in found.items() if name != "results"},

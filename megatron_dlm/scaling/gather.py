@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from megatron_dlm.config.objective import ObjectiveConfig
 from megatron_dlm.config.schema import RunConfig
 from megatron_dlm.scaling.contradictions import SECTIONS, Contradictions
 from megatron_dlm.scaling.flops import table_facts
+from megatron_dlm.scaling.run_evaluations import with_evaluations
 from megatron_dlm.scaling.run_records import (
     Report,
     read_config,
@@ -93,7 +94,8 @@ def gather(study: Study, runs_folder: Path, *, split: str) -> Gathered:
 
     Columns: study, run, the axes (labels), the scalar settings that an axis changes (the value of
     the run's own config.yaml), facts of run.json, the place of the report, then its metrics: nelbo,
-    loss, the others by name. A metric with the name of an axis gets `reported_` in front.
+    loss, the others by name, then what `evaluate` found for its checkpoints (TASK/METRIC). A metric
+    with the name of an axis gets `reported_` in front.
     """
     columns, reader = _Columns(), _RunReader(study, runs_folder)
     counts: list[int] = []
@@ -101,7 +103,10 @@ def gather(study: Study, runs_folder: Path, *, split: str) -> Gathered:
     for run in study.runs:
         path = runs_folder / run.name
         before = columns.num_rows
-        for report in read_reports(path / "metrics.jsonl", split, reader.warnings):
+        reports: Iterable[Report] = read_reports(path / "metrics.jsonl", split, reader.warnings)
+        if split != "train":
+            reports = with_evaluations(reports, path, reader.warnings)
+        for report in reports:
             columns.add(report)
         if columns.num_rows > before:
             counts.append(columns.num_rows - before)

@@ -52,8 +52,12 @@ class Results:
         """Raise ValueError, which names the table, for a column that no row has a value in."""
         for name in names:
             if not any(row.get(name) is not None for row in self.rows):
+                remedy = "scores of tasks come from `evaluate --every_checkpoint true`; " * (
+                    "/" in name
+                )
+                have = ", ".join(self.columns)
                 raise ValueError(
-                    f"{self.source}: no row has a value of {name}; have: {', '.join(self.columns)}"
+                    f"{self.source}: no row has a value of {name}; {remedy}have: {have}"
                 )
 
 

@@ -30,6 +30,7 @@ from megatron_dlm.launch.quickstart_tasks import write_tasks
 from megatron_dlm.objectives.base import micro_batch_loss
 from megatron_dlm.objectives.build import build_objective
 from megatron_dlm.ops.counter_rng import Stream
+from megatron_dlm.scaling.run_evaluations import with_evaluations
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "04_evaluate"
@@ -343,8 +344,51 @@ def test_lm_evals_own_command_line_gives_the_same(
     own = ["evaluate", "--model", str(runs["masked"]), *flags, "--num_samples=4", "--seed=3"]
     for name, value in offline.items():
         monkeypatch.setenv(name, value)
-    job = start([*own, "--output_dir", str(tmp_path / "ours")], tmp_path / "log")
+    job = start([*own, "--every_checkpoint", "true"], tmp_path / "log")
     assert job.end().code == 0
-    ours = json.loads((tmp_path / "ours" / "tasks.json").read_text())
-    for name in ("acc,none", "acc_norm,none"):
-        assert ours["results"]["next_line"][name] == theirs["results"]["next_line"][name]
+    written = runs["masked"] / "evaluations" / "iter_0000040" / "tasks.json"
+    ours = json.loads(written.read_text())
+    (row,) = with_evaluations([{"step": 40, "split": "valid"}], runs["masked"], [])
+    for name in ("acc", "acc_norm"):
+        expected = theirs["results"]["next_line"][f"{name},none"]
+        assert ours["results"]["next_line"][f"{name},none"] == expected
+        assert row[f"next_line/{name}"] == expected, "a column of the table of a study"
+    assert row["next_line/delta_nll"] == ours["delta_nll"]["next_line"]["nats"]
+
+
+def test_every_checkpoint_of_a_run(
+    tiny_corpus: TinyCorpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each into its folder; again, only what is new; other settings are not mixed in."""
+    settings = {"train__steps": 4, "checkpoint__interval_steps": 2, "checkpoint__keep_last": 0}
+    train = arguments(tiny_corpus, tmp_path / "run", objective__kind="autoregressive", **settings)
+    assert run_here(train) == 0
+    capsys.readouterr()
+    command = ["evaluate", "--model", str(tmp_path / "run"), "--every_checkpoint", "true"]
+    command += ["--data", str(tiny_corpus.valid), "--limit"]
+    assert run_here([*command, "3"]) == 0
+    assert f"{tmp_path / 'run'}: 2 of 2 checkpoints to evaluate" in capsys.readouterr().out
+    folder = tmp_path / "run" / "evaluations"
+    paths = [folder / f"iter_000000{step}" / "data.json" for step in (2, 4)]
+    reports = [json.loads(path.read_text()) for path in paths]
+    assert [report["step"] for report in reports] == [2, 4]
+    for report in reports:
+        model = load_model(tmp_path / "run", step=report["step"])
+        alone = evaluate_shards(model, str(tiny_corpus.valid), limit=3)
+        assert report["data"][0]["nats_per_token"] == pytest.approx(alone.nats_per_token, rel=1e-9)
+    assert reports[0]["data"][0]["nats_per_token"] > reports[1]["data"][0]["nats_per_token"]
+    before = paths[0].stat()
+    paths[1].unlink()
+    assert run_here([*command, "3"]) == 0
+    assert "1 of 2 checkpoints to evaluate\nstep 4\n" in capsys.readouterr().out
+    assert json.loads(paths[1].read_text()) == reports[1]
+    assert paths[0].stat() == before
+    assert run_here([*command, "2"]) == 2
+    error = capsys.readouterr().err
+    remedy = "give another output_dir, or remove it"
+    assert error.endswith(f"{paths[0]} was made with limit 3, not 2; {remedy}\n")
+    paths[0].write_text("{")
+    assert run_here([*command, "3"]) == 2
+    assert f"{paths[0]} does not say how it was made; {remedy}" in capsys.readouterr().err
+    assert run_here([*command, "3", "--step=2"]) == 2
+    assert "step 2 and every_checkpoint exclude each other" in capsys.readouterr().err

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from megatron_dlm.scaling.bootstrap import Estimate
 from megatron_dlm.scaling.crossings import Comparison, Curve, compare
 from megatron_dlm.scaling.figures.checks import seed_axis
+from megatron_dlm.scaling.figures.crossover_spec import CrossoverSpec
 from megatron_dlm.scaling.figures.extents import apart, share_x, unequal_ends
 from megatron_dlm.scaling.results import Results, curve_of
 
 if TYPE_CHECKING:
-    from megatron_dlm.scaling.figures.crossover import CrossoverSpec
     from megatron_dlm.scaling.study import Study
 
 Runs = Mapping[str, Curve]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from megatron_dlm.scaling.figures.crossover_settings import Setting
+from megatron_dlm.scaling.figures.crossover_spec import CrossoverSpec
 from megatron_dlm.scaling.figures.drawn import in_short
 from megatron_dlm.scaling.figures.families import smoothing_words
-
-if TYPE_CHECKING:
-    from megatron_dlm.scaling.figures.crossover import CrossoverSpec
 
 NUMBERS = (
     *("num_first", "num_second", "outcome", "crossing", "crossing_low", "crossing_high"),

@@ -178,7 +178,7 @@ def bound_note(
     members: Sequence[Member], metric: str, study: Study | None = None
 ) -> tuple[str, ...]:
     """What is exact and what is a bound; study: tells the objective that all its runs share."""
-    if metric != "nelbo":
+    if metric.rpartition("/")[2] != "nelbo":
         return ()
     # A column only where an axis changes it; else all runs of the study may share it.
     shared = {run.name: run.settings.get(_KIND) for run in (study.runs if study else ())}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dlm.config.checks import require
 from megatron_dlm.scaling.figures.checks import check_axis, check_label
+from megatron_dlm.scaling.figures.directions import Direction, direction_of
 from megatron_dlm.scaling.figures.drawn import Drawn, write_numbers
 from megatron_dlm.scaling.figures.families import (
     Grouping,
@@ -24,7 +25,7 @@ from megatron_dlm.scaling.figures.families import (
 )
 from megatron_dlm.scaling.figures.final_picture import draw_scores, score_name
 from megatron_dlm.scaling.figures.final_tables import Table, table_of
-from megatron_dlm.scaling.figures.ratios import over_twins
+from megatron_dlm.scaling.figures.ratios import over_twins, ratio_rows
 from megatron_dlm.scaling.figures.scales import Scale
 from megatron_dlm.scaling.figures.scores import Line, Score, Scores, X, lines_of, score_of
 from megatron_dlm.scaling.figures.style import axis_name, save
@@ -41,9 +42,11 @@ class FinalSpec(Grouping):
     x: str = ""
     """Column with a number (unique_tokens, num_parameters, optimizer.lr), or axis of the study."""
     metric: str = "nelbo"
-    """Column of the validations, lower is better."""
+    """Column of the validations."""
+    higher_is_better: bool = False
+    """Whether the metric is one like accuracy; of losses the lower one is better."""
     score: Score = "best"
-    """best: the lowest of a run, as early stopping would keep it; last: at its end."""
+    """best: the best of a run, as early stopping would keep it; last: at its end."""
     reference: Mapping[str, str] = field(default_factory=dict)
     """Axis -> label of runs that have no x of their own: drawn as a horizontal line."""
     over: Mapping[str, str] = field(default_factory=dict)
@@ -58,6 +61,11 @@ class FinalSpec(Grouping):
         require(self.x != "", "x is missing; give a column with a number, or an axis")
         require(not (self.over and self.reference), "over and reference exclude each other")
         require(self.x not in self.over, f"x is {self.x}, which over holds fixed")
+
+    @property
+    def direction(self) -> Direction:
+        """Which values of the metric are better."""
+        return direction_of(higher_is_better=self.higher_is_better)
 
     def check(self, study: Study) -> None:
         """Raise ValueError, which names the key, for what the study does not have."""
@@ -92,11 +100,14 @@ def draw(spec: FinalSpec, results: Results, study: Study, stem: Path) -> Drawn:
             "run the study further"
         )
     scores = _scores(spec, study, members, references, ratios)
-    table = table_of(scores, spec.x, is_axis=is_axis, is_ratio=ratios is not None)
+    if ratios is None:
+        table = table_of(scores, spec.x, spec.direction, is_axis=is_axis)
+    else:
+        table = Table(("panel", "line", axis_name(spec.x), "pairs", "ratio"), ratio_rows(scores))
     order = study.labels_of(spec.x) if is_axis else ()
     present = {str(point.x) for line in scores.lines for point in line.points}
     order = tuple(label for label in order if label in present)
-    figure = draw_scores(scores, spec, table.lowest, order)
+    figure = draw_scores(scores, spec, table.best, order)
     files = (*save(figure, stem), _numbers(scores, spec, table, stem))
     notes = (
         *bound_note(chosen, spec.metric, study),
@@ -131,7 +142,7 @@ def _with_score(
     members: Sequence[Member], spec: FinalSpec, *, is_axis: bool
 ) -> tuple[list[Member], tuple[str, ...]]:
     """The runs that have a score and a place, and sentences about the others."""
-    unscored = [m for m in members if score_of(m, spec.metric, spec.score) is None]
+    unscored = [member for member in members if _score_of(member, spec) is None]
     placeless = [
         member
         for member in members
@@ -168,8 +179,12 @@ def _ratios(
     return over_twins(members, study, spec.over, lambda member: _score(member, spec))
 
 
+def _score_of(member: Member, spec: FinalSpec) -> float | None:
+    return score_of(member, spec.metric, spec.score, spec.direction)
+
+
 def _score(member: Member, spec: FinalSpec) -> float:
-    value = score_of(member, spec.metric, spec.score)
+    value = _score_of(member, spec)
     assert value is not None, "runs without one are left out before"
     return value
 
@@ -211,21 +226,22 @@ def _in_order(line: Line, labels: Sequence[str]) -> Line:
 
 
 def _numbers(scores: Scores, spec: FinalSpec, table: Table, stem: Path) -> Path:
-    header = ("panel", "line", spec.x, "num_seeds", spec.metric, "low", "high", "is_lowest")
+    header = ("panel", "line", spec.x, "num_seeds", spec.metric, "low", "high", "is_best")
     rows = []
     for line in (*scores.lines, *scores.references):
         for point in line.points:
             mean = point.mean
-            is_lowest = int(table.lowest.get((line.panel, line.label)) == point.x)
+            is_best = int(table.best.get((line.panel, line.label)) == point.x)
             x = point.x if line in scores.lines else None
-            numbers = (len(point.scores), mean.value, mean.low, mean.high, is_lowest)
+            numbers = (len(point.scores), mean.value, mean.low, mean.high, is_best)
             rows.append((line.panel, line.label, x, *numbers))
     return write_numbers(stem.with_name(f"{stem.name}.csv"), header, rows)
 
 
 def _score_note(members: Sequence[Member], spec: FinalSpec) -> str:
     ends = {member.rows[-1]["step"] for member in members}
-    kind = "the lowest validation of each run" if spec.score == "best" else "the last of each run"
+    best = f"the {spec.direction.superlative} validation of each run"
+    kind = best if spec.score == "best" else "the last of each run"
     if len(ends) == 1:
         return f"Scores are {kind}; all runs end at step {ends.pop():,}."
     return f"Scores are {kind}; the runs end at steps {min(ends):,} to {max(ends):,}."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from megatron_dlm.scaling.figures.directions import Direction
 from megatron_dlm.scaling.figures.scales import Scale, is_logarithmic, legend_above, name_values
 from megatron_dlm.scaling.figures.scores import Line, Point, Score, Scores, X
 from megatron_dlm.scaling.figures.style import axis_name, look, new_panels
@@ -31,6 +32,8 @@ class Keys(Protocol):
     @property
     def score(self) -> Score: ...
     @property
+    def direction(self) -> Direction: ...
+    @property
     def over(self) -> Mapping[str, str]: ...
     @property
     def x_scale(self) -> Scale: ...
@@ -39,7 +42,7 @@ class Keys(Protocol):
 
 
 def draw_scores(
-    scores: Scores, keys: Keys, lowest: Mapping[tuple[str, str], X], order: Sequence[str] = ()
+    scores: Scores, keys: Keys, best: Mapping[tuple[str, str], X], order: Sequence[str] = ()
 ) -> Figure:
     """order: the labels of x where it is an axis; empty where it is a number."""
     panels = list(dict.fromkeys(line.panel for line in (*scores.lines, *scores.references)))
@@ -54,7 +57,7 @@ def draw_scores(
                 name = line.label or (_OTHERS if scores.references else None)
                 x = [_place(point, order, shift) for point in line.points]
                 _draw_line(axes, line, x, name=name, **style)
-                _mark(axes, line, x, lowest.get((panel, line.label)), style["color"])
+                _mark(axes, line, x, best.get((panel, line.label)), style["color"])
         for reference in scores.references:
             if reference.panel == panel:
                 _draw_reference(axes, reference)
@@ -70,7 +73,7 @@ def draw_scores(
 
 def score_name(keys: Keys) -> str:
     """What the scores are, with their unit; a ratio has none."""
-    kind = "lowest" if keys.score == "best" else "last"
+    kind = keys.direction.superlative if keys.score == "best" else "last"
     name = axis_name(keys.metric)
     if keys.over:
         return f"{kind} {name.partition(' [')[0]} over that of {' '.join(keys.over.values())}"
@@ -100,10 +103,10 @@ def _draw_line(
     )
 
 
-def _mark(axes: Axes, line: Line, x: Sequence[float], lowest: X | None, color: str) -> None:
-    """A ring around the lowest point of a line."""
+def _mark(axes: Axes, line: Line, x: Sequence[float], best: X | None, color: str) -> None:
+    """A ring around the best point of a line."""
     for place, point in zip(x, line.points, strict=True):
-        if point.x == lowest:
+        if point.x == best:
             ring: dict[str, Any] = {"marker": "o", "markersize": 13, "markerfacecolor": "none"}
             y = point.mean.value
             axes.plot([place], [y], markeredgecolor=color, markeredgewidth=1.3, **ring)

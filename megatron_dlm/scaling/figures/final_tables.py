@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_dlm.scaling.basins import Basin, find_basin
+from megatron_dlm.scaling.figures.directions import Direction
 from megatron_dlm.scaling.figures.drawn import in_short
 from megatron_dlm.scaling.figures.families import in_words
 from megatron_dlm.scaling.figures.potential import potential_at
-from megatron_dlm.scaling.figures.ratios import ratio_rows
 from megatron_dlm.scaling.figures.scales import short_tick
-from megatron_dlm.scaling.figures.scores import Line, Scores, X
+from megatron_dlm.scaling.figures.scores import Line, Point, Scores, X
 from megatron_dlm.scaling.figures.style import axis_name
 
 _UNIQUE = ("unique_tokens", "data.unique_tokens")
-_BASIN = ("panel", "line", "lowest at", "score", "bottom", "next below", "next above", "as good")
 
 
 @dataclass(frozen=True)
@@ -25,66 +24,78 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
-    lowest: Mapping[tuple[str, str], X] = field(default_factory=dict)
-    """Panel and line -> x of the lowest point; empty where x has no best value."""
+    best: Mapping[tuple[str, str], X] = field(default_factory=dict)
+    """Panel and line -> x of the best point; empty where x has no best value."""
 
 
-def table_of(scores: Scores, x: str, *, is_axis: bool, is_ratio: bool = False) -> Table:
-    """The table that fits x: an axis, unique tokens, or any other number; or one of ratios."""
-    if is_ratio:
-        return Table(("panel", "line", axis_name(x), "pairs", "ratio"), ratio_rows(scores))
+def table_of(scores: Scores, x: str, direction: Direction, *, is_axis: bool) -> Table:
+    """The table that fits x: an axis, unique tokens, or any other number."""
     if is_axis:
-        return _label_table(scores, x)
+        return _label_table(scores, x, direction)
     if x in _UNIQUE:
-        return _potential_table(scores)
-    return _basin_table(scores, x)
+        return _potential_table(scores, direction)
+    return _basin_table(scores, x, direction)
 
 
-def _label_table(scores: Scores, axis: str) -> Table:
-    rows, lowest = [], {}
+def _label_table(scores: Scores, axis: str, direction: Direction) -> Table:
+    rows, places = [], {}
     for line in scores.lines:
-        best = min(line.points, key=lambda point: point.mean.value)
-        lowest[line.panel, line.label] = best.x
+        best = _best_point(line, direction)
+        places[line.panel, line.label] = best.x
         for point in line.points:
-            above = point.mean.value - best.mean.value
-            words = (in_words(point.mean), f"+{above:.3f}" if above else "lowest")
+            apart = point.mean.value - best.mean.value
+            words = (in_words(point.mean), f"{apart:+.3f}" if apart else direction.superlative)
             rows.append((line.panel, line.label, str(point.x), str(len(point.scores)), *words))
     rows += [
         (line.panel, line.label, "", str(len(point.scores)), in_words(point.mean), "")
         for line in scores.references
         for point in line.points
     ]
-    header = ("panel", "line", axis, "seeds", "score", "above the lowest")
-    return Table(header, tuple(rows), lowest=lowest)
+    header = ("panel", "line", axis, "seeds", "score", f"from the {direction.superlative}")
+    return Table(header, tuple(rows), best=places)
 
 
-def _basin_table(scores: Scores, x: str) -> Table:
-    rows, lowest, notes = [], {}, []
+def _best_point(line: Line, direction: Direction) -> Point:
+    best = direction.best(point.mean.value for point in line.points)
+    return next(point for point in line.points if point.mean.value == best)
+
+
+def _basin_table(scores: Scores, x: str, direction: Direction) -> Table:
+    header = (
+        *("panel", "line", f"{direction.superlative} at", "score", direction.turn),
+        *("next below", "next above", "as good"),
+    )
+    sign = -1 if direction.higher_is_better else 1
+    rows, places, notes = [], {}, []
     for panel in dict.fromkeys(line.panel for line in scores.lines):
         lines = [line for line in scores.lines if line.panel == panel]
         basins = {}
         for line in lines:
             if len(line.points) > 1:
-                basin = find_basin(line.numbers, [point.scores for point in line.points])
+                losses = [[sign * score for score in point.scores] for point in line.points]
+                basin = find_basin(line.numbers, losses)
                 basins[line.label] = basin
-                lowest[panel, line.label] = line.points[basin.lowest].x
+                places[panel, line.label] = line.points[basin.lowest].x
                 rows.append(_basin_row(line, basin))
         of_panel = [line for line in scores.references if line.panel in (panel, "")]
-        notes += _shift_notes(panel, lines, basins, axis_name(x))
-        notes += [_reference_note(panel, lines, reference) for reference in of_panel]
+        notes += _shift_notes(panel, basins, axis_name(x), direction)
+        notes += [_reference_note(panel, lines, reference, direction) for reference in of_panel]
     rows += [
-        (line.panel, line.label, "", in_words(point.mean), *("",) * (len(_BASIN) - 4))
+        (line.panel, line.label, "", in_words(point.mean), *("",) * (len(header) - 4))
         for line in scores.references
         for point in line.points
     ]
-    if lowest:
-        notes.append("Bottom: of the parabola through the lowest point and its neighbours.")
+    if places:
+        notes.append(
+            f"{direction.turn.capitalize()}: of the parabola through the {direction.superlative} "
+            "point and its neighbours."
+        )
     if any(len(point.scores) > 1 for line in scores.lines for point in line.points):
         notes.append(
-            "Its interval, and which values are as good (not told apart from the lowest), come "
-            "from resampled seeds."
+            "Its interval, and which values are as good (not told apart from the "
+            f"{direction.superlative}), come from resampled seeds."
         )
-    return Table(_BASIN, tuple(rows), tuple(notes), lowest)
+    return Table(header, tuple(rows), tuple(notes), places)
 
 
 def _basin_row(line: Line, basin: Basin) -> tuple[str, ...]:
@@ -92,7 +103,7 @@ def _basin_row(line: Line, basin: Basin) -> tuple[str, ...]:
     neighbours = []
     for place in (basin.lowest - 1, basin.lowest + 1):
         if 0 <= place < len(line.points):
-            neighbours.append(f"+{line.points[place].mean.value - best.mean.value:.3f}")
+            neighbours.append(f"{line.points[place].mean.value - best.mean.value:+.3f}")
         else:
             neighbours.append("not trained")
     bottom = basin.bottom
@@ -107,15 +118,15 @@ def _basin_row(line: Line, basin: Basin) -> tuple[str, ...]:
 
 
 def _shift_notes(
-    panel: str, lines: Sequence[Line], basins: Mapping[str, Basin], name: str
+    panel: str, basins: Mapping[str, Basin], name: str, direction: Direction
 ) -> list[str]:
     """At the edge, and how far the best value moves from the first line to the last."""
     notes = []
     edges = [label for label, basin in basins.items() if basin.is_at_edge]
     if edges:
         of_lines = f" of {', '.join(edges)}" if any(edges) else ""
-        text = f"the lowest point{of_lines} is at the edge of what was trained: the best {name} "
-        notes.append(_said(panel, f"{text}may lie beyond it."))
+        text = f"the {direction.superlative} point{of_lines} is at the edge of what was trained: "
+        notes.append(_said(panel, f"{text}the best {name} may lie beyond it."))
     inside = {label: basin.bottom for label, basin in basins.items() if not basin.is_at_edge}
     if len(inside) > 1:
         values = [bottom.value for bottom in inside.values()]
@@ -129,16 +140,17 @@ def _shift_notes(
     return notes
 
 
-def _reference_note(panel: str, lines: Sequence[Line], reference: Line) -> str:
-    best = min(
-        ((point.mean.value, line.label, point.x) for line in lines for point in line.points),
-        key=lambda found: found[0],
-    )
-    difference = best[0] - reference.points[0].mean.value
-    place = f"{best[1]} " if best[1] else ""
+def _reference_note(
+    panel: str, lines: Sequence[Line], reference: Line, direction: Direction
+) -> str:
+    bests = {line.label: _best_point(line, direction) for line in lines}
+    score = direction.best(point.mean.value for point in bests.values())
+    label, best = next(pair for pair in bests.items() if pair[1].mean.value == score)
+    difference = score - reference.points[0].mean.value
+    place = f"{label} at" if label else "at"
     side = "above" if difference > 0 else "below"
-    text = f"the lowest score of the others ({place}at {short_tick(float(best[2]))}) is "
-    return _said(panel, f"{text}{abs(difference):.3f} {side} that of {reference.label}.")
+    text = f"the {direction.superlative} score of the others ({place} {short_tick(float(best.x))})"
+    return _said(panel, f"{text} is {abs(difference):.3f} {side} that of {reference.label}.")
 
 
 def _said(panel: str, text: str) -> str:
@@ -146,7 +158,7 @@ def _said(panel: str, text: str) -> str:
     return f"{panel}: {text}" if panel else text[0].upper() + text[1:]
 
 
-def _potential_table(scores: Scores) -> Table:
+def _potential_table(scores: Scores, direction: Direction) -> Table:
     labels = list(dict.fromkeys(line.label for line in scores.lines))
     if len(labels) != 2:
         rows = tuple(
@@ -159,22 +171,29 @@ def _potential_table(scores: Scores) -> Table:
     for panel in dict.fromkeys(line.panel for line in scores.lines):
         pair = {line.label: line for line in scores.lines if line.panel == panel}
         if len(pair) == 2:
-            rows_of_pairs += _potential_rows(panel, pair[labels[0]], pair[labels[1]])
+            rows_of_pairs += _potential_rows(panel, pair[labels[0]], pair[labels[1]], direction)
     header = ("panel", "unique tokens", *labels, "data potential")
+    of_score = "score" if direction.higher_is_better else "logarithm of the score"
     note = (
         f"Data potential: the unique tokens that {labels[0]} needs for the score of {labels[1]}, "
-        f"over those {labels[1]} has, between budgets by straight lines in logarithms. More than "
-        "(>) or less than (<): no budget that was trained reaches it, so only this bound is known."
+        f"over those {labels[1]} has, between budgets by straight lines of the {of_score} in the "
+        "logarithm of the tokens. More than (>) or less than (<): no budget that was trained "
+        "reaches it, so only this bound is known."
     )
     return Table(header, tuple(rows_of_pairs), (note,))
 
 
-def _potential_rows(panel: str, first: Line, second: Line) -> list[tuple[str, ...]]:
+def _potential_rows(
+    panel: str, first: Line, second: Line, direction: Direction
+) -> list[tuple[str, ...]]:
     ours = {float(point.x): point for point in first.points}
     rows: list[tuple[str, ...]] = []
     for point in second.points:
         tokens = float(point.x)
-        potential = potential_at(first.by_number, second.by_number, tokens)
+        potential = potential_at(
+            *(first.by_number, second.by_number, tokens),
+            higher_is_better=direction.higher_is_better,
+        )
         beside = in_words(ours[tokens].mean) if tokens in ours else ""
         rows.append((panel, short_tick(tokens), beside, in_words(point.mean), str(potential)))
     return rows

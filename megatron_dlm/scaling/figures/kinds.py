@@ -20,6 +20,7 @@ from typing import (
 
 from megatron_dlm.config.keys import in_words, suggestion
 from megatron_dlm.scaling.figures import crossover, curves, final, isoflop, noise_profile
+from megatron_dlm.scaling.figures.crossover_spec import CrossoverSpec
 from megatron_dlm.scaling.figures.drawn import Drawn
 from megatron_dlm.scaling.results import Results
 
@@ -40,7 +41,7 @@ class Spec(Protocol):
 Draw = Callable[[Any, Results, "Study", Path], Drawn]
 
 KINDS: dict[str, tuple[type, Draw]] = {
-    "crossover": (crossover.CrossoverSpec, crossover.draw),
+    "crossover": (CrossoverSpec, crossover.draw),
     "curves": (curves.CurvesSpec, curves.draw),
     "final": (final.FinalSpec, final.draw),
     "isoflop": (isoflop.IsoflopSpec, isoflop.draw),

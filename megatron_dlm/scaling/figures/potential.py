@@ -39,17 +39,21 @@ class Potential:
         return f"< {in_short(self.at_most)}" if ratio == 0 else in_short(ratio)
 
 
-def potential_at(first: Scores, second: Scores, tokens: float) -> Potential:
+def potential_at(
+    first: Scores, second: Scores, tokens: float, *, higher_is_better: bool = False
+) -> Potential:
     """The data potential of the second kind at `tokens`, a budget of its own.
 
-    The interval resamples the seeds of every budget of both kinds.
+    Between budgets by straight lines in the logarithm of the tokens: of the logarithm of a loss,
+    of a score like accuracy itself. The interval resamples the seeds of every budget of both kinds.
     """
     random = np.random.default_rng(0)
 
     def ratio(pick: bool) -> float:
         def mean(scores: Sequence[float]) -> float:
             values = np.asarray(scores, dtype=np.float64)
-            return float(random.choice(values, len(values)).mean() if pick else values.mean())
+            score = random.choice(values, len(values)).mean() if pick else values.mean()
+            return float(-score if higher_is_better else np.log(score))
 
         points = [(budget, mean(scores)) for budget, scores in first.items()]
         return _ratio(points, mean(second[tokens]), tokens)
@@ -63,16 +67,13 @@ def potential_at(first: Scores, second: Scores, tokens: float) -> Potential:
 
 
 def _ratio(points: Sequence[tuple[float, float]], score: float, tokens: float) -> float:
-    """The least data at which the joined points reach the score, over `tokens`.
-
-    Between budgets by straight lines in logarithms.
-    """
+    """The least data at which the joined points come down to the score, over `tokens`."""
     points = sorted(points)
     if score > points[0][1]:
         return 0.0
     for (fewer, worse), (more, better) in pairwise(points):
         if better <= score < worse:
-            share = np.log(worse / score) / np.log(worse / better)
+            share = (worse - score) / (worse - better)
             return float(np.exp(np.log(fewer) + share * np.log(more / fewer)) / tokens)
     return points[0][0] / tokens if score == points[0][1] else float("inf")
 

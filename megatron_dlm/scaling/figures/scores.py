@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_dlm.scaling.bootstrap import Estimate
+from megatron_dlm.scaling.figures.directions import Direction
 from megatron_dlm.scaling.figures.families import Member, estimate_of, grouped
 from megatron_dlm.scaling.results import number
 
@@ -61,12 +62,16 @@ class Scores:
         return [point for line in (*self.lines, *self.references) for point in line.points]
 
 
-def score_of(member: Member, metric: str, score: Score) -> float | None:
-    """The lowest value of the metric, or the last; None where that is not a finite number."""
-    values = [number(row, metric) for row in member.rows]
+def score_of(member: Member, metric: str, score: Score, direction: Direction) -> float | None:
+    """The best value of the metric, or the last that was reported; None where that is not finite.
+
+    Not every validation has every metric: some come from `evaluate`, for checkpoints only.
+    """
+    values = [number(row, metric) for row in member.rows if row.get(metric) is not None]
     if score == "last":
-        return values[-1]
-    return min((value for value in values if value is not None), default=None)
+        return values[-1] if values else None
+    finite = [value for value in values if value is not None]
+    return direction.best(finite) if finite else None
 
 
 def lines_of(

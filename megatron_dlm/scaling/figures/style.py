@@ -35,8 +35,13 @@ AXIS_NAMES = {
     "objective.input_masking_ratio": "share of masked inputs",
     "nelbo": "validation loss [nats per token]",
     "loss": "trained loss",
+    "acc": "accuracy",
+    "acc_norm": "accuracy by length",
+    "bits_per_byte": "bits per byte",
+    "delta_nll": "delta NLL [nats]",
+    "delta_nll_per_byte": "delta NLL [nats per byte]",
 }
-"""Column -> what an axis is called."""
+"""Column -> what an axis is called; of TASK/METRIC the metric."""
 
 _WITHOUT_DATE = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 # Letters as shapes look alike everywhere, and the same figure is the same file.
@@ -52,6 +57,9 @@ _SETTINGS = {
 
 def axis_name(column: str) -> str:
     """What an axis is called that shows this column."""
+    where, _, metric = column.rpartition("/")
+    if where and metric in AXIS_NAMES:
+        return f"{AXIS_NAMES[metric]} on {where}"
     return AXIS_NAMES.get(column, column)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from made_results import colors_in, curve, labels, made_study
 
-from megatron_dlm.scaling.figures.crossover import CrossoverSpec, draw
+from megatron_dlm.scaling.figures.crossover import draw
+from megatron_dlm.scaling.figures.crossover_spec import CrossoverSpec
 from megatron_dlm.scaling.figures.drawn import Drawn
 from megatron_dlm.scaling.figures.style import COLORS
 

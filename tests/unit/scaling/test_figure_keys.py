@@ -13,7 +13,7 @@ from study_runs import CROSSOVER, LINES, write_study
 
 from megatron_dlm import cli
 from megatron_dlm.scaling.figures import kinds
-from megatron_dlm.scaling.figures.crossover import CrossoverSpec
+from megatron_dlm.scaling.figures.crossover_spec import CrossoverSpec
 from megatron_dlm.scaling.figures.curves import CurvesSpec
 from megatron_dlm.scaling.figures.default import default_figures
 from megatron_dlm.scaling.figures.kinds import parse_figures

@@ -16,6 +16,7 @@ from megatron_dlm.scaling.figures.drawn import Drawn
 from megatron_dlm.scaling.figures.final import FinalSpec, draw
 from megatron_dlm.scaling.figures.potential import potential_at
 from megatron_dlm.scaling.figures.style import COLORS
+from megatron_dlm.scaling.results import Results
 
 RATES = {f"x{2**k}": {"optimizer.lr": 1e-3 * 2.0**k} for k in range(7)}
 BUDGETS = {f"u{k}": {"data.unique_tokens": 1000 * k} for k in (1, 2, 4, 8, 16)}
@@ -72,7 +73,7 @@ def test_learning_rate_basins_and_their_shift(tmp_path: Path) -> None:
     assert "a factor of 4 between" in note_with(drawn, "standard: best learning rate")
     assert "a factor of 1 between" in note_with(drawn, "completep: best learning rate")
     assert rows["completep", "d32"]["bottom"].startswith("6e-3")
-    marked = [row for row in numbers(tmp_path / "lr.csv") if row["is_lowest"] == "1"]
+    marked = [row for row in numbers(tmp_path / "lr.csv") if row["is_best"] == "1"]
     assert len(marked) == 6
     assert set(COLORS[:3]) <= colors_in(tmp_path / "lr.png")
 
@@ -210,7 +211,7 @@ def test_labels_stand_side_by_side_in_the_order_of_the_study(tmp_path: Path) -> 
     drawn = draw(FinalSpec(x="noise"), results, study, tmp_path / "f")
     rows = table(drawn)
     assert [row["noise"] for row in rows] == list(scores)
-    assert [row["above the lowest"] for row in rows] == ["+0.300", "lowest", "+0.100"]
+    assert [row["from the lowest"] for row in rows] == ["+0.300", "lowest", "+0.100"]
     assert [row["seeds"] for row in rows] == ["3", "3", "3"]
     assert COLORS[0] in colors_in(tmp_path / "f.png")
 
@@ -252,6 +253,63 @@ def test_data_potential_by_hand() -> None:
     assert potential_at(law, shifted, 1e9).ratio.value == pytest.approx(3, rel=1e-9)
     bumpy = {1e3: [4.0], 2e3: [3.0], 4e3: [3.5], 8e3: [2.0]}
     assert potential_at(bumpy, {1e3: [3.0]}, 1e3).ratio.value == pytest.approx(2)
+
+
+def test_data_potential_of_accuracies() -> None:
+    """By straight lines of the accuracy itself, which may be 0, or negative as of delta NLL."""
+    first = {1e3: [-0.1], 4e3: [0.3], 16e3: [0.5]}
+    half = potential_at(first, {1e3: [0.4]}, 1e3, higher_is_better=True)
+    assert half.ratio.value == pytest.approx(8), "half way from 4k to 16k"
+    assert str(potential_at(first, {1e3: [0.6]}, 1e3, higher_is_better=True)) == "> 16"
+    assert str(potential_at(first, {1e3: [-0.2]}, 1e3, higher_is_better=True)) == "< 1"
+
+
+@pytest.mark.parametrize("x", ["noise", "train.steps"])
+def test_higher_may_be_better(tmp_path: Path, x: str) -> None:
+    """The same numbers with their sign changed: the same places, lowest becomes highest."""
+    scores = {"uniform": 3.4, "masked": 3.1, "balanced": 3.2}
+    axes = {"seed": SEEDS, "noise": labels(*scores)}
+    if x == "train.steps":
+        axes["noise"] = {
+            name: {x: 10 * place} for place, name in enumerate(("uniform", "masked", "balanced"), 1)
+        }
+    study, results = made_study(axes, ending_at(lambda p: scores[p["noise"]] + SHIFT[p["seed"]]))
+    turned = Results(
+        tuple({**row, "quiz/acc": -row["nelbo"]} for row in results.rows), results.source
+    )
+    losses = draw(FinalSpec(x=x), results, study, tmp_path / "losses")
+    spec = FinalSpec(x=x, metric="quiz/acc", higher_is_better=True)
+    found = draw(spec, turned, study, tmp_path / "f")
+    assert [row["is_best"] for row in numbers(tmp_path / "f.csv")] == [
+        row["is_best"] for row in numbers(tmp_path / "losses.csv")
+    ]
+    assert [float(row["quiz/acc"]) for row in numbers(tmp_path / "f.csv")] == [
+        -float(row["nelbo"]) for row in numbers(tmp_path / "losses.csv")
+    ]
+    assert found.title == f"{study.name}: highest accuracy on quiz against {x}"
+    assert not any("lowest" in text for text in (*found.header, *found.notes))
+    assert "highest validation" in note_with(found, "Scores are")
+    if x == "noise":
+        assert [row["from the highest"] for row in table(found)] == ["-0.300", "highest", "-0.100"]
+    else:
+        (row,), (loss,) = table(found), table(losses)
+        assert (row["highest at"], row["top"]) == (loss["lowest at"], loss["bottom"])
+        assert (row["next below"], row["next above"]) == ("-0.300", "-0.100")
+
+
+def test_the_last_score_is_the_last_that_was_reported(tmp_path: Path) -> None:
+    """`evaluate` sees checkpoints only; a loss that is not finite at the end is no score."""
+    study, results = made_study({"noise": labels("masked", "uniform")}, ending_at(lambda _: 3.0))
+    rows = [dict(row) for row in results.rows]
+    last = max(row["step"] for row in rows)
+    for row in rows:
+        early = 0.25 if row["noise"] == "masked" else 0.5
+        at_end = None if row["noise"] == "masked" else math.nan
+        row["quiz/acc"] = at_end if row["step"] == last else early
+    spec = FinalSpec(x="noise", metric="quiz/acc", higher_is_better=True, score="last")
+    drawn = draw(spec, Results(tuple(rows), results.source), study, tmp_path / "f")
+    assert [row["score"] for row in table(drawn)] == ["0.250"]
+    assert "without a finite last quiz/acc: uniform" in note_with(drawn, "Left out")
 
 
 def test_data_potential_interval_reaches_beyond_what_was_trained() -> None:
