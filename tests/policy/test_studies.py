@@ -30,8 +30,8 @@ FOLDER = ROOT / "examples/studies"
 NAMES = [path.stem for path in sorted(FOLDER.glob("*.yaml")) if "_base" not in path.stem]
 FULL = [name for name in NAMES if not name.startswith("toy_")]
 TOYS = [name for name in NAMES if name.startswith("toy_")]
-# Of noise_grid.yaml, which has too many axes for one toy.
-PARTS = {"toy_isoflop", "toy_learning_rate_transfer", "toy_noise_types"}
+# Of unique_budgets.yaml, and of noise_grid.yaml, which has too many axes for one toy.
+PARTS = {"toy_accuracy", "toy_isoflop", "toy_learning_rate_transfer", "toy_noise_types"}
 SDL_STEPS = 183_106  # the paper's 183,105 with the last one whole
 
 
