@@ -21,8 +21,11 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 # Studies whose results are in docs/studies.
-STUDIES ?= toy_unique_budgets toy_ar_dropout toy_ar_input_masking toy_noise_types \
+STUDIES ?= toy_unique_budgets toy_accuracy toy_ar_dropout toy_ar_input_masking toy_noise_types \
   toy_learning_rate_transfer toy_isoflop
+# How toy_accuracy asks the checkpoints of a run.
+ASK := --every_checkpoint true --tasks next_word --include_path toy/tasks --num_samples 32 \
+  --batch_size 256
 
 .PHONY: quickstart test slow check bench study-toy clean
 
@@ -52,9 +55,15 @@ bench: $(READY)
 study-toy: $(READY)
 	$(BIN)/python examples/studies/toy_data.py
 	$(BIN)/python examples/studies/toy_tiers.py
+	$(BIN)/python examples/studies/toy_task.py
 	for study in $(STUDIES); do \
 	  set -- --study examples/studies/$$study.yaml --output_dir runs/studies/$$study; \
-	  $(BIN)/megatron-dlm study run "$$@" && $(BIN)/megatron-dlm study report "$$@" || exit 1; \
+	  $(BIN)/megatron-dlm study run "$$@" || exit 1; \
+	  if [ $$study = toy_accuracy ]; then \
+	    ls -d runs/studies/$$study/runs/* | HF_HUB_OFFLINE=1 xargs -P "$$(nproc)" -I RUN \
+	      $(BIN)/megatron-dlm evaluate --model RUN $(ASK) || exit 1; \
+	  fi; \
+	  $(BIN)/megatron-dlm study report "$$@" || exit 1; \
 	done
 
 clean:

@@ -9,12 +9,18 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+import torch
 from rank_pool import RankPool
 from tiny_corpus import TinyCorpus, make_tiny_corpus
 
 from megatron_dlm.runtime.device import open_device
 
 open_device("auto")  # before any test module imports megatron.core
+
+# As `make test` has it: threads fight over the cores, and what is compared bit by bit differs by
+# how many of them the load of the machine lets run.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 _MANY_THREADS = 40
 # Workers take files in this order; what they begin last should be short, so that both end together.

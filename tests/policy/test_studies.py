@@ -366,3 +366,26 @@ def test_the_tiers_of_quality_keep_all_words() -> None:
         changed = sum(word != other for word, other in zip(words, others, strict=True))
         # "def" and "return", two of seven words, may take each other's place unseen.
         assert 0.75 * share < changed / len(words) < 1.1 * share
+
+
+def test_the_toy_task_asks_for_the_next_word() -> None:
+    questions = runpy.run_path(str(FOLDER / "toy_task.py"))["questions"]
+    generator = random.Random(1)
+    words = ["".join(generator.choices("abcdef", k=3 + n % 3)) for n in range(200)]
+    texts = ["x" * 200 + " " + " ".join(generator.choices(words, k=60)) for _ in range(600)] + [
+        "short text"
+    ]
+    found = questions(texts)
+    assert found == questions(texts)
+    assert len(found) == 500
+    for question in found:
+        options = question["options"]
+        assert len({*options}) == 4
+        assert len({len(option) for option in options}) == 1
+        assert len(question["context"]) == 32
+        whole = question["context"] + options[question["right"]]
+        assert any(whole in text for text in texts)
+        assert not any(len(word) > 5 for word in options)
+    counts = [[question["right"] for question in found].count(place) for place in range(4)]
+    assert min(counts) > 80, "125 each but for chance"
+    assert {question["context"].endswith(" ") for question in found} == {True}
