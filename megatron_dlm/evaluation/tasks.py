@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -86,7 +87,7 @@ def open_tasks(names: Sequence[str], include_path: Sequence[str]) -> TaskManager
         own = TaskManager(include_path=list(include_path), include_defaults=False)
         if set(names) <= set(own.all_subtasks):
             return own  # lm-eval's own thousands of files take seconds to read
-    manager = TaskManager(include_path=list(include_path) or None)
+    manager = _all_tasks(tuple(include_path))
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise ValueError(
@@ -94,6 +95,11 @@ def open_tasks(names: Sequence[str], include_path: Sequence[str]) -> TaskManager
             "include_path adds folders of your own"
         )
     return manager
+
+
+@cache
+def _all_tasks(include_path: tuple[str, ...]) -> TaskManager:
+    return TaskManager(include_path=list(include_path) or None)
 
 
 def delta_nll(samples: Sequence[Mapping[str, Any]]) -> DeltaNLL | None:

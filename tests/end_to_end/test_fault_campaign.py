@@ -27,10 +27,10 @@ def campaign(directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_few_kills(tmp_path: Path) -> None:
-    answer = campaign(tmp_path, "--kills", "3", "--kills_per_run", "3", "--seed", "3")
+    answer = campaign(tmp_path, "--kills", "2", "--kills_per_run", "2", "--seed", "3")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     record = json.loads((tmp_path / "campaign.json").read_text())
-    assert len(record["kills"]) == 3
+    assert len(record["kills"]) == 2
     assert record["failures"] == []
 
 

@@ -34,6 +34,8 @@ def test_own_tasks_are_found_without_reading_all_of_lm_evals(tmp_path: Path) -> 
     folder = [str(tmp_path)]
     assert open_tasks(["mine"], folder).all_tasks == ["mine"]
     assert {"mine", "arc_easy"} <= {*open_tasks(["mine", "arc_easy"], folder).all_tasks}
+    with pytest.raises(ValueError, match="lm-eval knows no task no_such_task; `lm_eval ls tasks`"):
+        open_tasks(["mine", "no_such_task"], folder)
 
 
 def test_windows_score_every_token_of_the_answer_once() -> None:
