@@ -17,23 +17,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_dlm.launch.quickstart_tasks import write_options_task
+
 _NUM_QUESTIONS, _NUM_OF_A_FILE = 500, 1
 _CONTEXT_LETTERS, _HEADER_LETTERS = 32, 200
 _WORD = re.compile(r"\b[A-Za-z_]{3,5}\b")
-_TASK = """\
-task: next_word
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{options}}}}"
-doc_to_target: right
-target_delimiter: ""
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-metadata: {{version: 1.0}}
-"""
 
 
 def main() -> None:
@@ -41,16 +29,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("toy"))
     root = parser.parse_args().output_dir
-    task, data = (root / "tasks" / f"next_word{suffix}" for suffix in (".yaml", ".jsonl"))
-    if task.exists():
+    folder = (root / "tasks").absolute()
+    if (folder / "next_word.yaml").exists():
         return
-    task.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with (root / "corpus" / "valid.jsonl").open(encoding="utf-8") as lines:
         found = questions([json.loads(line)["text"] for line in lines])
-    data.write_text("".join(json.dumps(question) + "\n" for question in found), encoding="utf-8")
-    temporary = task.with_suffix(".tmp")
-    temporary.write_text(_TASK.format(file=json.dumps(str(data.absolute()))), encoding="utf-8")
-    temporary.rename(task)
+    write_options_task(folder, "next_word", found)
 
 
 def questions(texts: list[str]) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ TASK_NAMES = ("next_line", "library_text", "say_it_again")
 _NUM_QUESTIONS, _NUM_TEXTS, _NUM_COPIES = 200, 40, 20
 _CONTEXT_LINES, _SHORTEST_LINE, _LONGEST_LINE, _LONGEST_TEXT = 3, 8, 60, 600
 
-_NEXT_LINE = """\
-task: next_line
+_OPTIONS = """\
+task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 output_type: multiple_choice
@@ -68,9 +68,17 @@ def write_tasks(corpus: Path, directory: Path) -> None:
     texts = [json.loads(document)["text"] for document in documents]
     short = [{"text": text} for text in texts if len(text) < _LONGEST_TEXT]
     lines = [{"line": line} for text in texts for line in text.splitlines() if _fits(line)]
-    _write_task(directory, "next_line", _NEXT_LINE, _questions(texts))
+    write_options_task(directory, "next_line", _questions(texts))
     _write_task(directory, "library_text", _LIBRARY_TEXT, _spread(short, _NUM_TEXTS))
     _write_task(directory, "say_it_again", _SAY_IT_AGAIN, _spread(lines, _NUM_COPIES))
+
+
+def write_options_task(directory: Path, name: str, questions: Iterable[Mapping[str, Any]]) -> None:
+    """A task of questions: context, options, and right, the number of the one that belongs there.
+
+    directory: exists, and is absolute, as the YAML file names the data by it.
+    """
+    _write_task(directory, name, _OPTIONS, questions)
 
 
 def _questions(texts: list[str]) -> list[dict[str, Any]]:
@@ -108,4 +116,4 @@ def _write_task(
     data = directory / f"{name}.jsonl"
     write_whole(data, "".join(json.dumps(document) + "\n" for document in documents))
     # A JSON string is a YAML string, whatever characters the path has.
-    write_whole(directory / f"{name}.yaml", template.format(file=json.dumps(str(data))))
+    write_whole(directory / f"{name}.yaml", template.format(name=name, file=json.dumps(str(data))))

@@ -16,6 +16,18 @@ Scores = Mapping[str, float]
 
 _CHECKPOINT = re.compile(r"iter_\d+")
 _PLACE = ("step", "tokens", "epoch")
+_GAPS = {
+    "delta_nll": "nats",
+    "delta_nll_stderr": "standard_error",
+    "delta_nll_per_byte": "nats_per_byte",
+    "delta_nll_per_byte_stderr": "nats_per_byte_standard_error",
+}
+_LOSSES = {
+    "nelbo": "nats_per_token",
+    "nelbo_stderr": "standard_error",
+    "bits_per_byte": "bits_per_byte",
+    "bits_per_byte_stderr": "bits_per_byte_standard_error",
+}
 
 
 def with_evaluations(reports: Iterable[Report], run: Path, warnings: list[str]) -> Iterable[Report]:
@@ -107,14 +119,7 @@ def _of_tasks(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
                 yield "/".join((task, metric, *([] if rule == "none" else [rule]))), value
     for task, delta in report["delta_nll"].items():
         if task not in parts:
-            yield from _present(
-                {
-                    f"{task}/delta_nll": delta["nats"],
-                    f"{task}/delta_nll_stderr": delta["standard_error"],
-                    f"{task}/delta_nll_per_byte": delta["nats_per_byte"],
-                    f"{task}/delta_nll_per_byte_stderr": delta["nats_per_byte_standard_error"],
-                }
-            )
+            yield from _named(task, _GAPS, delta)
 
 
 def _of_data(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -123,18 +128,15 @@ def _of_data(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     names = [Path(score["prefix"]).name for score in scores]
     for score, name in zip(scores, names, strict=True):
         short = name if names.count(name) == 1 else score["prefix"]
-        yield from _present(
-            {
-                f"{short}/nelbo": score["nats_per_token"],
-                f"{short}/nelbo_stderr": score["standard_error"],
-                f"{short}/bits_per_byte": score["bits_per_byte"],
-                f"{short}/bits_per_byte_stderr": score["bits_per_byte_standard_error"],
-            }
-        )
+        yield from _named(short, _LOSSES, score)
 
 
-def _present(scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    yield from ((name, value) for name, value in scores.items() if _is_number(value))
+def _named(
+    where: str, columns: Mapping[str, str], report: Mapping[str, Any]
+) -> Iterator[tuple[str, float]]:
+    for name, key in columns.items():
+        if _is_number(report[key]):
+            yield f"{where}/{name}", report[key]
 
 
 def _has_scores(results: Mapping[str, Mapping[str, Any]], group: str) -> bool:
