@@ -52,7 +52,7 @@ def _is_there(path: Path, settings: Mapping[str, Any], asked: list[str]) -> bool
         return not asked
     remedy = "give another output_dir, or remove it"
     try:
-        before = parse_json(path.read_bytes())["settings"]
+        before = dict(parse_json(path.read_bytes())["settings"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} does not say how it was made; {remedy}") from None
     for name, value in settings.items():
