@@ -59,7 +59,8 @@ def axis_name(column: str) -> str:
     """What an axis is called that shows this column."""
     where, _, metric = column.rpartition("/")
     if where and metric in AXIS_NAMES:
-        return f"{AXIS_NAMES[metric]} on {where}"
+        name, bracket, unit = AXIS_NAMES[metric].partition(" [")
+        return f"{name} on {where}{bracket}{unit}"
     return AXIS_NAMES.get(column, column)
 
 

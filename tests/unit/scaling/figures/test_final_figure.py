@@ -15,7 +15,7 @@ from made_results import colors_in, curve, labels, made_study
 from megatron_dlm.scaling.figures.drawn import Drawn
 from megatron_dlm.scaling.figures.final import FinalSpec, draw
 from megatron_dlm.scaling.figures.potential import potential_at
-from megatron_dlm.scaling.figures.style import COLORS
+from megatron_dlm.scaling.figures.style import COLORS, axis_name
 from megatron_dlm.scaling.results import Results
 
 RATES = {f"x{2**k}": {"optimizer.lr": 1e-3 * 2.0**k} for k in range(7)}
@@ -295,6 +295,13 @@ def test_higher_may_be_better(tmp_path: Path, x: str) -> None:
         (row,), (loss,) = table(found), table(losses)
         assert (row["highest at"], row["top"]) == (loss["lowest at"], loss["bottom"])
         assert (row["next below"], row["next above"]) == ("-0.300", "-0.100")
+
+
+def test_scores_of_tasks_have_names_too() -> None:
+    assert axis_name("quiz/acc") == "accuracy on quiz"
+    assert axis_name("5_shot/quiz/delta_nll") == "delta NLL on 5_shot/quiz [nats]"
+    assert axis_name("c4/nelbo") == "validation loss on c4 [nats per token]"
+    assert axis_name("quiz/f1") == "quiz/f1"
 
 
 def test_the_last_score_is_the_last_that_was_reported(tmp_path: Path) -> None:
