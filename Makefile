@@ -60,7 +60,7 @@ study-toy: $(READY)
 	  set -- --study examples/studies/$$study.yaml --output_dir runs/studies/$$study; \
 	  $(BIN)/megatron-dlm study run "$$@" || exit 1; \
 	  if [ $$study = toy_accuracy ]; then \
-	    ls -d runs/studies/$$study/runs/* | HF_HUB_OFFLINE=1 xargs -P "$$(nproc)" -I RUN \
+	    ls -d runs/studies/$$study/runs/* | HF_HUB_OFFLINE=1 xargs -P "$$(env -u OMP_NUM_THREADS nproc)" -I RUN \
 	      $(BIN)/megatron-dlm evaluate --model RUN $(ASK) || exit 1; \
 	  fi; \
 	  $(BIN)/megatron-dlm study report "$$@" || exit 1; \
