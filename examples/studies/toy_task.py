@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_dlm.launch.quickstart_tasks import write_options_task
 
-_NUM_QUESTIONS, _NUM_OF_A_FILE = 500, 1
+_NUM_QUESTIONS = 500
 _CONTEXT_LETTERS, _HEADER_LETTERS = 32, 200
 _WORD = re.compile(r"\b[A-Za-z_]{3,5}\b")
 
@@ -44,8 +44,9 @@ def questions(texts: list[str]) -> list[dict[str, Any]]:
     places = []
     for text in texts:
         words = [match for match in _WORD.finditer(text) if match.start() > _HEADER_LETTERS]
-        chosen = generator.sample(words, min(len(words), _NUM_OF_A_FILE))
-        places += [(text[: match.start()][-_CONTEXT_LETTERS:], match[0]) for match in chosen]
+        if words:
+            [match] = generator.sample(words, 1)
+            places.append((text[: match.start()][-_CONTEXT_LETTERS:], match[0]))
     generator.shuffle(places)
     pools: dict[int, list[str]] = {}
     for _, word in places:

@@ -10,8 +10,7 @@ from typing import Any
 from megatron_dlm.checkpoint.find import find_checkpoints
 from megatron_dlm.config.evaluation_commands import EvaluateConfig
 from megatron_dlm.config.json_text import parse_json
-
-_FOLDER = "evaluations"  # where `study gather` looks for them
+from megatron_dlm.scaling.run_evaluations import FOLDER
 
 
 def each_checkpoint(config: EvaluateConfig) -> Iterator[EvaluateConfig]:
@@ -21,10 +20,13 @@ def each_checkpoint(config: EvaluateConfig) -> Iterator[EvaluateConfig]:
     results of other settings lie in the way.
     """
     run = Path(config.model)
-    folder = run / _FOLDER if config.output_dir is None else Path(config.output_dir)
+    folder = run / FOLDER if config.output_dir is None else Path(config.output_dir)
     checkpoints = find_checkpoints(run)
-    found = [_left(config, found.step, folder / found.path.name) for found in checkpoints]
-    left = [one for one in found if one is not None]
+    left = [
+        one
+        for checkpoint in checkpoints
+        if (one := _left(config, checkpoint.step, folder / checkpoint.path.name)) is not None
+    ]
     print(f"{run}: {len(left)} of {len(checkpoints)} checkpoints to evaluate")
     for one in left:
         print(f"step {one.step:,}")

@@ -52,9 +52,9 @@ class Results:
         """Raise ValueError, which names the table, for a column that no row has a value in."""
         for name in names:
             if not any(row.get(name) is not None for row in self.rows):
-                remedy = "scores of tasks come from `evaluate --every_checkpoint true`; " * (
-                    "/" in name
-                )
+                remedy = ""
+                if "/" in name:
+                    remedy = "scores of tasks come from `evaluate --every_checkpoint true`; "
                 have = ", ".join(self.columns)
                 raise ValueError(
                     f"{self.source}: no row has a value of {name}; {remedy}have: {have}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,9 @@ from typing import Any
 
 from megatron_dlm.config.json_text import parse_json
 from megatron_dlm.scaling.run_records import Report, read_reports
+
+FOLDER = "evaluations"
+"""In the directory of a run: all that `evaluate` wrote there is read."""
 
 Scores = Mapping[str, float]
 """Column -> value."""
@@ -36,7 +38,7 @@ def with_evaluations(reports: Iterable[Report], run: Path, warnings: list[str]) 
     A checkpoint of a step without validation becomes a report of its own, whose place in the data
     is that of the training report of this step.
     """
-    folder = run / "evaluations"
+    folder = run / FOLDER
     if not folder.is_dir():
         return reports
     found = _read_evaluations(folder, warnings)
@@ -72,7 +74,7 @@ def _read_evaluations(folder: Path, warnings: list[str]) -> dict[int, dict[str, 
     """Step -> the scores of all reports under the folder."""
     found: dict[int, dict[str, float]] = {}
     run = folder.parent.name
-    for path in sorted(_reports(folder)):
+    for path in sorted([*folder.rglob("data.json"), *folder.rglob("tasks.json")]):
         shown = path.relative_to(folder.parent)
         try:
             report = parse_json(path.read_bytes())
@@ -96,11 +98,6 @@ def _read_evaluations(folder: Path, warnings: list[str]) -> dict[int, dict[str, 
             continue
         columns.update((f"{prefix}{name}", value) for name, value in scores.items())
     return found
-
-
-def _reports(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
-        yield from (Path(parent, name) for name in names if name in ("data.json", "tasks.json"))
 
 
 def _of_tasks(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

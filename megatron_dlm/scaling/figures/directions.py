@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from megatron_dlm.scaling.bootstrap import Floats
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,9 @@ class Direction:
     turn: str
     """Where a curve has its best."""
 
-    def best(self, values: Iterable[float]) -> float:
-        """The best of the values."""
-        return max(values) if self.higher_is_better else min(values)
+    def best(self, items: Iterable[T], value: Callable[[T], float]) -> T:
+        """The item with the best value; of equal ones the first."""
+        return (max if self.higher_is_better else min)(items, key=value)
 
     def best_place(self, values: Floats) -> int:
         """Where the best of the values is; of equal ones the first."""

@@ -40,7 +40,7 @@ def table_of(scores: Scores, x: str, direction: Direction, *, is_axis: bool) -> 
 def _label_table(scores: Scores, axis: str, direction: Direction) -> Table:
     rows, places = [], {}
     for line in scores.lines:
-        best = _best_point(line, direction)
+        best = direction.best(line.points, _mean)
         places[line.panel, line.label] = best.x
         for point in line.points:
             apart = point.mean.value - best.mean.value
@@ -55,9 +55,8 @@ def _label_table(scores: Scores, axis: str, direction: Direction) -> Table:
     return Table(header, tuple(rows), best=places)
 
 
-def _best_point(line: Line, direction: Direction) -> Point:
-    best = direction.best(point.mean.value for point in line.points)
-    return next(point for point in line.points if point.mean.value == best)
+def _mean(point: Point) -> float:
+    return point.mean.value
 
 
 def _basin_table(scores: Scores, x: str, direction: Direction) -> Table:
@@ -143,10 +142,9 @@ def _shift_notes(
 def _reference_note(
     panel: str, lines: Sequence[Line], reference: Line, direction: Direction
 ) -> str:
-    bests = {line.label: _best_point(line, direction) for line in lines}
-    score = direction.best(point.mean.value for point in bests.values())
-    label, best = next(pair for pair in bests.items() if pair[1].mean.value == score)
-    difference = score - reference.points[0].mean.value
+    points = [(line.label, point) for line in lines for point in line.points]
+    label, best = direction.best(points, lambda pair: _mean(pair[1]))
+    difference = best.mean.value - reference.points[0].mean.value
     place = f"{label} at" if label else "at"
     side = "above" if difference > 0 else "below"
     text = f"the {direction.superlative} score of the others ({place} {short_tick(float(best.x))})"

@@ -71,7 +71,7 @@ def score_of(member: Member, metric: str, score: Score, direction: Direction) ->
     if score == "last":
         return values[-1] if values else None
     finite = [value for value in values if value is not None]
-    return direction.best(finite) if finite else None
+    return direction.best(finite, float) if finite else None
 
 
 def lines_of(
